@@ -1,0 +1,36 @@
+# mupx: `make demo` runs the main job on real data, `make test` runs the tests. No other set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test test-slow check clean
+.DEFAULT_GOAL := help
+
+help:  ## Print this help
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mupx needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Tune K-FAC at width 64 on Fashion-MNIST, transfer to width 1024, train it, show the regret
+	@$(BIN)/python examples/01_tune_and_transfer.py
+
+test: $(STAMP)  ## Install and run the test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## Run also the tests that take minutes
+	$(BIN)/python -m pytest -m 'not gpu and not dist and not postgres'
+
+check: $(STAMP)  ## Run the linter, the formatter's check and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove the virtual environment and caches (runs are kept)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,45 @@
+"""mupx: tune a wide network's optimizer on a narrow proxy, damping included, and transfer it by rule.
+
+Everything is imported on first use, so that importing the package (and ``mupx --help``) stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mupx.config import Experiment, Hyperparameters
+    from mupx.parametrization import param_groups, parametrize
+    from mupx.recipe import Recipe, transfer
+    from mupx.search.loop import tune
+    from mupx.training import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "Experiment",
+    "Hyperparameters",
+    "Recipe",
+    "param_groups",
+    "parametrize",
+    "train",
+    "transfer",
+    "tune",
+]
+
+_HOMES = {
+    "Experiment": "mupx.config",
+    "Hyperparameters": "mupx.config",
+    "Recipe": "mupx.recipe",
+    "param_groups": "mupx.parametrization",
+    "parametrize": "mupx.parametrization",
+    "train": "mupx.training",
+    "transfer": "mupx.recipe",
+    "tune": "mupx.search.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mupx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

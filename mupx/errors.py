@@ -1,0 +1,59 @@
+"""Errors a user can act on, each with the exit code the command line returns for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MupxError(Exception):
+    """Base of every error mupx raises on purpose; its message is one sentence for the user.
+
+    A message says what was given, what is allowed, and what to do next.
+    """
+
+    exit_code = 1
+
+
+class UsageError(MupxError):
+    """A flag, a config value or the user's own code is wrong."""
+
+    exit_code = 2
+
+
+class NotFoundError(MupxError):
+    """A file, folder, study or data set does not exist."""
+
+    exit_code = 3
+
+
+class MismatchError(MupxError):
+    """Two things that must agree do not: config and study, recipe and table, data and checksum."""
+
+    exit_code = 4
+
+
+class NoResultError(MupxError):
+    """The run ended without a usable result, for example because every trial diverged."""
+
+    exit_code = 5
+
+
+class CheckFailedError(MupxError):
+    """A verification was carried out and its answer is no."""
+
+    exit_code = 6
+
+
+class StorageError(MupxError):
+    """A database, a disk or a lock refused to work."""
+
+    exit_code = 7
+
+
+def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
+    """Build the error for a name that is not in a list, pointing at the nearest one that is."""
+    names = sorted(known)
+    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"unknown {kind} {given!r}{guess} (known: {', '.join(names)})")
