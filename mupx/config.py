@@ -1,0 +1,353 @@
+"""The experiment a run is made of: strict, typed, the same nouns in files, flags and code.
+
+Precedence: flags over ``--set a.b=c`` over ``MUPX_A__B`` over the file over the defaults. An unknown
+key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.scaling import Role, WeightDecayMode
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Which network: a registry name and the factory's arguments besides width."""
+
+    name: str = "mlp"
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataConfig(_Section):
+    """Which data set, and the folder that holds it (None: the usual places, then a download)."""
+
+    name: str = "fashion-mnist-14"
+    dir: str | None = None
+
+
+class OptimizerConfig(_Section):
+    """Which optimizer and its structural choices (nothing here is tuned).
+
+    Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
+    never older than the fraction ``staleness`` of the steps done.
+    """
+
+    name: str = "kfac"
+    damping_rule: str | None = None
+    fisher: Literal["empirical", "mc", "exact"] = "empirical"
+    refresh: PositiveInt = 10
+    staleness: Annotated[float, Field(gt=0, le=1)] = 0.05
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    accumulate: Literal["average", "sum"] = "average"
+    blocks: Annotated[int, Field(ge=0, strict=True)] = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    fallback_lr: Positive = 1e-3
+    weight_decay_mode: WeightDecayMode = "independent"
+
+
+class Hyperparameters(_Section):
+    """Base-width values; these, and only these, are searched and transferred.
+
+    ``lr_mult_<role>`` and ``init_mult_<role>`` multiply the learning rate and the init std of every
+    tensor of that role on top of the width rule; ``output_scale`` multiplies the logits.
+    """
+
+    lr: Positive = 0.1
+    damping: Positive = 0.01
+    damping_ratio: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+    eps: Positive = 1e-8
+    lr_mult_input: Positive = 1.0
+    lr_mult_hidden: Positive = 1.0
+    lr_mult_output: Positive = 1.0
+    lr_mult_vector: Positive = 1.0
+    init_mult_input: Positive = 1.0
+    init_mult_hidden: Positive = 1.0
+    init_mult_output: Positive = 1.0
+    output_scale: Positive = 1.0
+
+    def lr_mult(self, role: Role) -> float:
+        """Return the user's learning-rate multiplier of a role."""
+        return float(getattr(self, f"lr_mult_{role}"))
+
+    def init_mult(self, role: Role) -> float:
+        """Return the user's init-std multiplier of a role (vectors have none)."""
+        return float(getattr(self, f"init_mult_{role}", 1.0))
+
+
+class Range(_Section):
+    """An interval to search, on a log scale unless told otherwise."""
+
+    low: float
+    high: float
+    log: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise ValueError(f"a range needs two finite numbers, got {self.low}:{self.high}")
+        if self.low >= self.high:
+            raise ValueError(f"the low end {self.low} must be below the high end {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs a positive low end, got {self.low}")
+        return self
+
+
+class SearchConfig(_Section):
+    """The Optuna study: what is searched, how long, by which sampler and pruner."""
+
+    space: dict[str, Range] = Field(default_factory=dict)
+    trials: PositiveInt = 32
+    sampler: Literal["tpe", "random", "qmc", "gp"] = "tpe"
+    pruner: Literal["median", "none"] = "median"
+    storage: str | None = None
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    objective: Literal["validation", "train"] = "validation"
+
+    @model_validator(mode="after")
+    def _known_and_legal(self) -> Self:
+        for name, interval in self.space.items():
+            if name not in Hyperparameters.model_fields:
+                raise ValueError(_unknown(name, Hyperparameters.model_fields, "search.space"))
+            for end in (interval.low, interval.high):
+                try:
+                    Hyperparameters.model_validate({name: end})
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"]
+                    raise ValueError(f"search.space.{name}: {end} is not a legal {name} ({reason})") from None
+        return self
+
+
+class TrainConfig(_Section):
+    """The training loop. ``steps`` overrides ``epochs``; the schedule runs over all of them."""
+
+    epochs: Positive = 1.0
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    grad_clip: Positive | None = None
+    accumulate: PositiveInt = 1
+    amp: Literal["off", "bf16"] = "off"
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    dtype: Literal["float32", "float64"] = "float32"
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    device: str = "auto"
+    threads: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None
+    eval_every: PositiveInt | None = None
+
+
+class ScalingConfig(_Section):
+    """Which parametrization, tuned at which base width, used at which width."""
+
+    parametrization: str = "mup"
+    base_width: PositiveInt = 64
+    width: PositiveInt = 64
+
+
+class Experiment(_Section):
+    """Everything a run depends on. Proxy and target differ only in ``scaling.width``."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    hyperparameters: Hyperparameters = Hyperparameters()
+    search: SearchConfig = SearchConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    roles: dict[str, Role] = Field(default_factory=dict)
+
+    def updated(self, changes: Mapping[str, Any]) -> Experiment:
+        """Return a copy with dotted keys replaced: ``{"scaling.width": 1024}``."""
+        return parse(merge(self.model_dump(), changes))
+
+    def fingerprint(self, *, search: bool) -> str:
+        """Return a short hash of everything that decides the numbers of a run.
+
+        Args:
+            search: Hash what a study depends on (space, sampler, seed, but not the number of trials);
+                otherwise what one training run depends on.
+        """
+        document = self.identity(search=search)
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+    def identity(self, *, search: bool) -> dict[str, Any]:
+        """Return the part of the experiment that :meth:`fingerprint` hashes, for a readable diff."""
+        document = self.model_dump(mode="json")
+        document["data"].pop("dir")
+        for key in ("device", "threads", "checkpoint_every"):
+            document["train"].pop(key)
+        for key in ("trials", "storage"):
+            document["search"].pop(key)
+        if not search:
+            document.pop("search")
+        return document
+
+
+def parse(document: Mapping[str, Any]) -> Experiment:
+    """Validate a nested dictionary.
+
+    Raises:
+        UsageError: One sentence per problem, with the key, the value given and the nearest known key.
+    """
+    try:
+        return Experiment.model_validate(dict(document))
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment from a TOML file."""
+    return parse(read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file into a dictionary.
+
+    Raises:
+        NotFoundError: There is no such file, or it cannot be read.
+        UsageError: It is not TOML; the message has line and column.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a deep copy of ``document`` with dotted keys replaced; intermediate tables are made."""
+    result = deepcopy(dict(document))
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split(".")
+        table = result
+        for name in parents:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise UsageError(f"{dotted}: {name!r} is a value, not a table")
+        table[leaf] = value
+    return result
+
+
+def environment_changes(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return dotted keys from variables such as ``MUPX_TRAIN__SEED=3`` (two underscores for a dot)."""
+    prefix = "MUPX_"
+    names = [n for n in environment if n.startswith(prefix) and "__" in n]
+    return {n.removeprefix(prefix).lower().replace("__", "."): parse_value(environment[n]) for n in names}
+
+
+def assignments(items: Iterable[str]) -> dict[str, Any]:
+    """Parse ``a.b=value`` items from the command line.
+
+    >>> assignments(["train.epochs=2", "data.name=mnist"])
+    {'train.epochs': 2, 'data.name': 'mnist'}
+    """
+    changes = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--set takes key=value, got {item!r}; example: --set train.epochs=2")
+        changes[key] = parse_value(value)
+    return changes
+
+
+def parse_value(text: str) -> Any:
+    """Read one TOML value; anything that is not TOML is a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_range(name: str, text: str) -> Range | float:
+    """Read ``1e-3:1`` as a range and ``0.03`` as a fixed value.
+
+    >>> parse_range("lr", "1e-3:1").high
+    1.0
+    """
+    parts = text.split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) != 2:
+        raise UsageError(
+            f"{name} takes a value such as 0.03 or a range such as 1e-3:1 (low:high), got {text!r}"
+        )
+    try:
+        return Range(low=numbers[0], high=numbers[1])
+    except ValidationError as error:
+        raise UsageError(f"{name}: {_reason(error.errors()[0])}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted keys whose values differ, as ``key: old → new``."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return lines
+
+
+def refuse_difference(what: str, old: Mapping[str, Any], new: Mapping[str, Any], advice: str) -> None:
+    """Raise a MismatchError with the differing keys unless the two documents agree."""
+    lines = differences(old, new)
+    if lines:
+        raise MismatchError(f"{what} was made with another configuration ({'; '.join(lines)}); {advice}")
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        return _unknown(location[-1], _known_keys(location[:-1]), ".".join(location[:-1]) or "the experiment")
+    given = item.get("input")
+    shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
+    return f"{'.'.join(location) or 'experiment'}: {_reason(item)}{shown}"
+
+
+def _reason(item: Any) -> str:
+    return str(item["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+
+
+def _known_keys(location: list[str]) -> Iterable[str]:
+    section: type[BaseModel] = Experiment
+    for name in location:
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return Range.model_fields
+        section = annotation
+    return section.model_fields
+
+
+def _unknown(given: str, known: Iterable[str], where: str) -> str:
+    near = get_close_matches(given, list(known), n=1, cutoff=0.4)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {given!r} in {where}{guess} (known: {', '.join(sorted(known))})"

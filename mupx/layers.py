@@ -1,0 +1,196 @@
+"""Parameters described without torch, and the per-layer table derived from them.
+
+A :class:`Parameter` knows its shape at the base width and at twice the base width; when dimensions
+are affine in width, that is enough to know its shape at any width. :func:`derive` turns base-width
+hyperparameters into one :class:`Layer` row per parameter: the numbers the optimizer is built from,
+the table a user reads, and the table a recipe carries are this one object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mupx.config import Experiment
+from mupx.errors import MismatchError, UsageError
+from mupx.scaling import LayerScale, Role, ScalingRule, find_parametrization, find_rule
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor of the model as the width rules see it.
+
+    Attributes:
+        name: Qualified name in ``model.named_parameters()``.
+        kind: What owns it: ``linear``, ``conv2d``, ``linear.bias``, ``norm``, ``embedding``, ``other``…
+        role: input, hidden, output or vector.
+        shape: Shape at the base width.
+        doubled: Shape at twice the base width.
+        in_axes: Axes that make up fan-in (kernel positions included; they do not grow).
+        out_axes: Axes that make up fan-out.
+        std: Standard deviation of its initial entries at the base width; 0 for constants.
+    """
+
+    name: str
+    kind: str
+    role: Role
+    shape: Shape
+    doubled: Shape
+    in_axes: Shape
+    out_axes: Shape
+    std: float
+
+    def shape_at(self, base_width: int, width: int) -> Shape:
+        """Extrapolate the shape to ``width``, assuming dimensions affine in width.
+
+        Raises:
+            MismatchError: A dimension would not be a positive whole number.
+        """
+        return tuple(
+            self._dimension(a, b, base_width, width) for a, b in zip(self.shape, self.doubled, strict=True)
+        )
+
+    def _dimension(self, base: int, doubled: int, base_width: int, width: int) -> int:
+        grown, remainder = divmod((doubled - base) * (width - base_width), base_width)
+        if remainder or base + grown < 1:
+            raise MismatchError(
+                f"{self.name} has no whole shape at width {width} (base {base_width}: {self.shape}, "
+                f"{2 * base_width}: {self.doubled}); choose a width that keeps every dimension whole"
+            )
+        return base + grown
+
+    def ratios(self, shape: Shape) -> tuple[float, float]:
+        """Return (r_in, r_out) of a tensor of ``shape`` relative to the base shape."""
+        return self._ratio(shape, self.in_axes), self._ratio(shape, self.out_axes)
+
+    def _ratio(self, shape: Shape, axes: Shape) -> float:
+        return math.prod(shape[i] for i in axes) / math.prod(self.shape[i] for i in axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Absolute values for one tensor at the target width; None where a value does not apply.
+
+    ``damping_A`` belongs to the input side (A, or Shampoo's R), ``damping_B`` to the output side (B,
+    or L). Under ``exact`` damping the single ridge on A⊗B stands in ``damping_B``.
+    """
+
+    name: str
+    role: Role
+    optimizer: str
+    shape: Shape
+    r_in: float
+    r_out: float
+    init_std: float
+    lr: float
+    damping_A: float | None
+    damping_B: float | None
+    eps: float | None
+    weight_decay: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as a dictionary in table order."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def derive(parameters: Iterable[Parameter], experiment: Experiment) -> list[Layer]:
+    """Derive the table of absolute per-layer values at ``experiment.scaling.width``.
+
+    Args:
+        parameters: Descriptions at base and twice the base width.
+        experiment: Base values in ``hyperparameters``; widths and parametrization in ``scaling``.
+
+    Raises:
+        UsageError: Unknown optimizer or damping rule.
+        MismatchError: A parameter has no whole shape at the target width.
+    """
+    return [_row(parameter, experiment) for parameter in parameters]
+
+
+def _row(parameter: Parameter, experiment: Experiment) -> Layer:
+    scaling, optimizer, hyper = experiment.scaling, experiment.optimizer, experiment.hyperparameters
+    main = find_rule(optimizer.name)
+    rule = main if main.kinds is None or parameter.kind in main.kinds else find_rule(main.fallback)
+    fallen = rule is not main
+    shape = parameter.shape_at(scaling.base_width, scaling.width)
+    r_in, r_out = parameter.ratios(shape)
+    main.damping_scale(optimizer.damping_rule)
+    scale = find_parametrization(scaling.parametrization).scale(
+        rule,
+        parameter.role,
+        r_in,
+        r_out,
+        blocks=_block_ratio(rule, parameter.shape, shape, optimizer.blocks),
+        damping_rule=None if fallen else optimizer.damping_rule,
+        weight_decay_mode=optimizer.weight_decay_mode,
+    )
+    damping_A, damping_B = base_ridges(rule, scale, experiment)
+    lr = optimizer.fallback_lr if fallen else hyper.lr
+    return Layer(
+        name=parameter.name,
+        role=parameter.role,
+        optimizer=rule.name,
+        shape=shape,
+        r_in=r_in,
+        r_out=r_out,
+        init_std=parameter.std * scale.init_std * hyper.init_mult(parameter.role),
+        lr=lr * scale.lr * hyper.lr_mult(parameter.role),
+        damping_A=damping_A,
+        damping_B=damping_B,
+        eps=None if scale.eps is None else hyper.eps * scale.eps,
+        weight_decay=hyper.weight_decay * scale.weight_decay,
+    )
+
+
+def base_ridges(
+    rule: ScalingRule, scale: LayerScale, experiment: Experiment
+) -> tuple[float | None, float | None]:
+    """Split the one damping ρ into ρ_A = ρ·√ratio and ρ_B = ρ/√ratio, then scale both.
+
+    π and exact damping have a single ρ on the Kronecker product: the ratio does not enter.
+    """
+    hyper = experiment.hyperparameters
+    split = experiment.optimizer.damping_rule not in ("pi", "exact")
+    root = math.sqrt(hyper.damping_ratio) if split else 1.0
+    ridge_A = None if scale.damping_A is None else hyper.damping * root * scale.damping_A
+    ridge_B = None if scale.damping_B is None else hyper.damping / root * scale.damping_B
+    return ridge_A, ridge_B
+
+
+def block_grid(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """Count the blocks of at most ``size`` rows and columns of a tensor flattened to a matrix."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (-(-rows // size), -(-columns // size)) if size else (1, 1)
+
+
+def _block_ratio(rule: ScalingRule, base: Shape, target: Shape, size: int) -> float:
+    if not (size and rule.lr.blocks):
+        return 1.0
+    return math.prod(block_grid(target, size)) / math.prod(block_grid(base, size))
+
+
+def require_growth(parameters: Sequence[Parameter], base_width: int) -> None:
+    """Refuse a model in which no dimension depends on width.
+
+    Raises:
+        MismatchError: Every parameter has the same shape at the base width and at twice that.
+    """
+    if all(p.shape == p.doubled for p in parameters):
+        raise MismatchError(
+            f"nothing grows between width {base_width} and {2 * base_width}: every parameter keeps its "
+            "shape, so there is no width to transfer over; use `width` in the model factory"
+        )
+
+
+def parse_role(name: str, role: str) -> Role:
+    """Check a role given by a user for the parameter ``name``."""
+    from mupx.scaling import ROLES
+
+    for known in ROLES:
+        if role == known:
+            return known
+    raise UsageError(f"role of {name} is {role!r}; allowed: {', '.join(ROLES)}")

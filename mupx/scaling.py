@@ -1,0 +1,369 @@
+"""Width and depth scaling rules: pure arithmetic from (role, r_in, r_out, depth) to multipliers.
+
+Notation. ``r_in`` and ``r_out`` are the ratios of a tensor's fan-in and fan-out to those of the base
+model, counting only dimensions that grow with width (> 1 when wider). Roles: *input* (r_in = 1),
+*hidden*, *output* (the final read-out, r_out = 1), *vector* (biases, gains: fan-in 1, so r_in = 1).
+Everything is in the abc form with a = 0: no forward multipliers, the model's source stays as it is.
+Every multiplier is a :class:`Power`, a monomial in the ratios, hence exactly 1 at base width and a
+homomorphism: scaling by r and then by s equals scaling by r·s.
+
+Sources: IK = Ishikawa & Karakida, ICLR 2024, arXiv:2312.12226; TP5 = Yang et al., arXiv:2203.03466;
+Q = Qiu et al., arXiv:2512.05620; Z = Zheng et al., arXiv:2603.00541; E = Everett et al.,
+arXiv:2407.05872; derived = derived for mupx, checked by one-step slopes up to width 4096.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, get_args
+
+from mupx.errors import unknown_name
+
+Role = Literal["input", "hidden", "output", "vector"]
+WeightDecayMode = Literal["independent", "adamw", "l2"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """The monomial r_in^a · r_out^b · depth^d · blocks^e.
+
+    >>> Power(r_in=-1, r_out=0.5)(r_in=4, r_out=16)
+    1.0
+    """
+
+    r_in: float = 0.0
+    r_out: float = 0.0
+    depth: float = 0.0
+    blocks: float = 0.0
+
+    def __call__(
+        self, r_in: float = 1.0, r_out: float = 1.0, depth: float = 1.0, blocks: float = 1.0
+    ) -> float:
+        """Evaluate the monomial; all ratios are positive and 1 at the base model."""
+        result: float = r_in**self.r_in * r_out**self.r_out * depth**self.depth * blocks**self.blocks
+        return result
+
+    def __mul__(self, other: Power) -> Power:
+        """Multiply two monomials by adding their exponents."""
+        return Power(
+            self.r_in + other.r_in,
+            self.r_out + other.r_out,
+            self.depth + other.depth,
+            self.blocks + other.blocks,
+        )
+
+    def inverse(self) -> Power:
+        """Return 1 / self."""
+        return Power(-self.r_in, -self.r_out, -self.depth, -self.blocks)
+
+    @property
+    def formula(self) -> str:
+        """The monomial in words a reader can check: ``r_out · r_in^-1``; ``1`` for a constant."""
+        factors = (
+            ("r_out", self.r_out),
+            ("r_in", self.r_in),
+            ("depth", self.depth),
+            ("blocks", self.blocks),
+        )
+        parts = [name if e == 1 else f"{name}^{Fraction(e)}" for name, e in factors if e]
+        return " · ".join(parts) or "1"
+
+
+ONE = Power()
+# IK, Prop. 4.1 and TP5, table 3: b = (0, ½, 1); vectors keep the base law.
+MUP_INIT: Mapping[Role, Power] = {
+    "input": Power(r_in=-0.5),
+    "hidden": Power(r_in=-0.5),
+    "output": Power(r_in=-1),
+    "vector": ONE,
+}
+# Standard parametrization: every matrix has variance 1 / fan_in.
+SP_INIT: Mapping[Role, Power] = {**MUP_INIT, "output": Power(r_in=-0.5)}
+
+
+@dataclass(frozen=True, slots=True)
+class DampingScale:
+    """Multipliers of ρ_A and ρ_B under one damping rule; None where there is no such ridge."""
+
+    A: Power | None
+    B: Power | None
+
+
+UNSCALED_DAMPING = DampingScale(ONE, ONE)
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingRule:
+    """How one family of updates scales: one formula each for lr, damping and eps.
+
+    Attributes:
+        name: Key in :data:`RULES`.
+        update: The update in the field's notation.
+        lr: Learning-rate multiplier.
+        source: The literature the exponents come from.
+        standing: ``theorem``, ``cross-checked`` or ``derived``.
+        eps: Multiplier of Adam-like eps, or None.
+        damping: Damping rule → multipliers of the ridges of A (or R) and B (or L); the default first.
+        weight_norm_relative: The update is rescaled to the norm of the weight itself (LAMB), which
+            already carries the init multiplier; the lr multiplier is divided by it.
+        kinds: Parameter kinds the update can treat; None means all. The rest goes to ``fallback``.
+        fallback: Name of the rule for the rest.
+    """
+
+    name: str
+    update: str
+    lr: Power
+    source: str
+    standing: Literal["theorem", "cross-checked", "derived"]
+    eps: Power | None = None
+    damping: Mapping[str, DampingScale] = field(default_factory=dict)
+    weight_norm_relative: bool = False
+    kinds: frozenset[str] | None = None
+    fallback: str = "adamw"
+
+    @property
+    def default_damping(self) -> str | None:
+        """The damping rule used when none is named; None for updates without damping."""
+        return next(iter(self.damping), None)
+
+    def damping_scale(self, damping_rule: str | None) -> DampingScale:
+        """Return the ridge multipliers under ``damping_rule`` (None: the default one)."""
+        name = damping_rule or self.default_damping
+        if name is None:
+            return DampingScale(None, None)
+        if name not in self.damping:
+            raise unknown_name(f"damping rule of {self.name}", name, self.damping)
+        return self.damping[name]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerScale:
+    """Multipliers of one tensor relative to its base-width values; None where one does not apply."""
+
+    init_std: float
+    lr: float
+    damping_A: float | None
+    damping_B: float | None
+    eps: float | None
+    weight_decay: float
+
+
+FACTORED = frozenset({"linear", "linear.bias", "conv2d", "conv2d.bias"})
+MATRICES = frozenset({"linear", "conv2d", "conv", "embedding", "matrix"})
+
+
+def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, standing: str) -> ScalingRule:
+    """Rule of (B + ρ_B)^-e_B G (A + ρ_A)^-e_A: lr r_out^(1-e_B) · r_in^(e_A-1) (IK, Prop. 4.1).
+
+    λmax(A) grows as r_in and λmax(B) shrinks as 1/r_out, so an absolute ridge follows them. A ridge
+    relative to the trace or to λmax needs no multiplier. One ridge on A⊗B follows the product. The
+    π-heuristic keeps one absolute ρ: it is offered for comparison and is *not* width-invariant.
+    """
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(r_in=e_A - 1, r_out=1 - e_B, depth=1 - 2 * e_B),
+        source=source,
+        standing=standing,  # type: ignore[arg-type]
+        damping={
+            "absolute": DampingScale(
+                Power(r_in=1) if e_A else None, Power(r_out=-1, depth=-2) if e_B else None
+            ),
+            "trace": UNSCALED_DAMPING,
+            "pi": UNSCALED_DAMPING,
+            "exact": DampingScale(None, Power(r_in=1, r_out=-1, depth=-2)),
+        },
+        kinds=FACTORED,
+    )
+
+
+def shampoo(name: str, E: float, update: str) -> ScalingRule:
+    """Rule of L^-e_L G R^-e_R with E = e_L + e_R: lr (r_out/r_in)^(1-E) · blocks^-E (IK, Q)."""
+    ridge = Power(r_in=1, r_out=-1, depth=-2, blocks=-1)
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(r_in=E - 1, r_out=1 - E, depth=1 - 2 * E, blocks=-E),
+        source="IK Prop. 4.1; Q",
+        standing="theorem",
+        damping={"relative": UNSCALED_DAMPING, "absolute": DampingScale(ridge, ridge)},
+        kinds=MATRICES,
+    )
+
+
+def sign_like(name: str, update: str, source: str) -> ScalingRule:
+    """Rule of updates with entries of order one: lr 1/r_in, eps as the gradient, 1/r_out."""
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(r_in=-1),
+        source=source,
+        standing="theorem",
+        eps=Power(r_out=-1, depth=-1),
+    )
+
+
+def orthogonal(name: str, update: str, source: str, standing: str) -> ScalingRule:
+    """Rule of whitened updates (spectral norm of order one): lr (r_out/r_in)^½, eps its inverse."""
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(r_in=-0.5, r_out=0.5),
+        source=source,
+        standing=standing,  # type: ignore[arg-type]
+        eps=Power(r_in=0.5, r_out=-0.5, depth=-1),
+        kinds=MATRICES,
+    )
+
+
+RULES: Mapping[str, ScalingRule] = {
+    rule.name: rule
+    for rule in (
+        ScalingRule("sgd", "G", Power(r_in=-1, r_out=1, depth=1), "IK; TP5 table 8", "cross-checked"),
+        sign_like("adamw", "m / (√v + eps)", "TP5 table 8; Q; E"),
+        sign_like("lion", "sign(m)", "TP5; E"),
+        ScalingRule(
+            "lamb",
+            "‖W‖/‖u‖ · u, u = m / (√v + eps)",
+            Power(r_in=-1),
+            "derived",
+            "derived",
+            eps=Power(r_out=-1, depth=-1),
+            weight_norm_relative=True,
+        ),
+        kronecker("kfac", 1, 1, "(B+ρ_B)^-1 G (A+ρ_A)^-1", "IK Prop. 4.1", "theorem"),
+        kronecker("foof", 1, 0, "G (A+ρ_A)^-1", "derived from IK Prop. 4.1", "derived"),
+        kronecker("backward-only", 0, 1, "(B+ρ_B)^-1 G", "derived from IK Prop. 4.1", "derived"),
+        shampoo("shampoo", 0.5, "L^-¼ G R^-¼"),
+        shampoo("shampoo-half", 1.0, "L^-½ G R^-½"),
+        orthogonal("muon", "U Vᵀ of G = U Σ Vᵀ", "Q; Z", "cross-checked"),
+        orthogonal("soap", "Adam in the eigenbasis of L and R", "Q; Z", "cross-checked"),
+        orthogonal("psgd", "Q_Lᵀ Q_L G Q_Rᵀ Q_R, whitening fit", "derived", "derived"),
+        ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),
+        ScalingRule(
+            "gauss-newton",
+            "(JᵀJ + ρ)^-1 G, layer-wise",
+            ONE,
+            "derived",
+            "derived",
+            damping={"absolute": DampingScale(None, Power(r_in=1, r_out=-1, depth=-2))},
+            kinds=FACTORED,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parametrization:
+    """A way to spread one set of base values over layers: which init law, and what is scaled.
+
+    Attributes:
+        name: Key in :data:`PARAMETRIZATIONS`.
+        init: Role → init std multiplier.
+        scaled: False leaves lr, damping, eps and weight decay at their base values everywhere.
+        mup_package: Follow the conventions of the microsoft/mup package 1.0.0 for eps and weight decay.
+        source: Where it is defined.
+    """
+
+    name: str
+    init: Mapping[Role, Power]
+    scaled: bool
+    source: str
+    mup_package: bool = False
+
+    def scale(
+        self,
+        rule: ScalingRule,
+        role: Role,
+        r_in: float,
+        r_out: float,
+        *,
+        depth: float = 1.0,
+        blocks: float = 1.0,
+        damping_rule: str | None = None,
+        weight_decay_mode: WeightDecayMode = "independent",
+    ) -> LayerScale:
+        """Return the multipliers of one tensor.
+
+        Args:
+            rule: The update's scaling rule.
+            role: Role of the tensor; a *vector* ignores ``r_in``.
+            r_in: Fan-in over base fan-in, growing dimensions only.
+            r_out: Fan-out over base fan-out, growing dimensions only.
+            depth: Depth over base depth for tensors inside residual branches, else 1.
+            blocks: Number of preconditioner blocks over that at base width.
+            damping_rule: One of the rule's damping rules; None takes its default.
+            weight_decay_mode: ``independent`` (decay not multiplied by lr), ``adamw`` or ``l2``.
+        """
+        ratios = (1.0 if role == "vector" else r_in, r_out, depth, blocks)
+        lr = rule.lr * self.init[role].inverse() if rule.weight_norm_relative else rule.lr
+        ridge_A, ridge_B = self._damping(rule, role, damping_rule)
+        eps = self._eps(rule, role)
+
+        def evaluate(power: Power | None) -> float | None:
+            return None if power is None else power(*ratios) if self.scaled else 1.0
+
+        return LayerScale(
+            init_std=self.init[role](*ratios),
+            lr=lr(*ratios) if self.scaled else 1.0,
+            damping_A=evaluate(ridge_A),
+            damping_B=evaluate(ridge_B),
+            eps=evaluate(eps),
+            weight_decay=self._decay(lr, eps, weight_decay_mode)(*ratios) if self.scaled else 1.0,
+        )
+
+    def _damping(
+        self, rule: ScalingRule, role: Role, damping_rule: str | None
+    ) -> tuple[Power | None, Power | None]:
+        # A bias has no input covariance: it is preconditioned by B alone.
+        scale = rule.damping_scale(damping_rule)
+        return (None if role == "vector" else scale.A, scale.B)
+
+    def _eps(self, rule: ScalingRule, role: Role) -> Power | None:
+        if rule.eps is None or not self.mup_package:
+            return rule.eps
+        # mup leaves eps alone but has a forward multiplier 1/r_in at the read-out; in a = 0 form
+        # the gradient there is r_in times larger, and so is the equivalent eps.
+        return Power(r_in=1) if role == "output" else ONE
+
+    def _decay(self, lr: Power, eps: Power | None, mode: WeightDecayMode) -> Power:
+        # Coupled decay acts as lr · weight_decay: dividing by the lr multiplier keeps that product.
+        if mode == "independent":
+            return ONE
+        if self.mup_package and mode == "l2" and eps is not None:
+            return lr.inverse() * eps
+        return lr.inverse()
+
+
+PARAMETRIZATIONS: Mapping[str, Parametrization] = {
+    p.name: p
+    for p in (
+        Parametrization("mup", MUP_INIT, True, "IK Prop. 4.1; TP5"),
+        Parametrization("sp", SP_INIT, False, "standard parametrization"),
+        Parametrization("mup-1.0.0", MUP_INIT, True, "microsoft/mup 1.0.0, rewritten with a = 0", True),
+    )
+}
+
+
+def find_rule(name: str) -> ScalingRule:
+    """Return the rule called ``name``; an unknown name lists the known ones."""
+    if name not in RULES:
+        raise unknown_name("scaling rule", name, RULES)
+    return RULES[name]
+
+
+def find_parametrization(name: str) -> Parametrization:
+    """Return the parametrization called ``name``; an unknown name lists the known ones."""
+    if name not in PARAMETRIZATIONS:
+        raise unknown_name("parametrization", name, PARAMETRIZATIONS)
+    return PARAMETRIZATIONS[name]
+
+
+def role_ratios(role: Role, width_mult: float) -> tuple[float, float]:
+    """Return (r_in, r_out) of a role when every growing dimension is ``width_mult`` times the base."""
+    r_in = width_mult if role in ("hidden", "output") else 1.0
+    r_out = 1.0 if role == "output" else width_mult
+    return r_in, r_out
