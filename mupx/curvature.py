@@ -1,0 +1,289 @@
+"""Capture layer inputs h and back-propagated signals δ, and turn them into Kronecker factors.
+
+Conventions (Grosse & Martens 2016 "expand", arXiv:1602.01407; h and δ as in arXiv:2312.12226):
+
+* a layer's input is laid out as rows ``[N, T, d_in]``: T = 1 for plain Linear, positions otherwise
+  (patches in ``F.unfold`` order for convolutions);
+* A = 1/(N·T) Σ h hᵀ over samples and positions, ``[d_in, d_in]``;
+* B = 1/M Σ δ δᵀ, summed over positions, ``[d_out, d_out]``, where the loss is a mean over M terms and
+  δ = ∂(loss of one term)/∂(layer output), that is M times the gradient of the mean loss.
+
+Duplicating the batch, splitting it into accumulation steps, padding it with ignored targets or scaling
+the loss therefore leaves A and B unchanged.
+
+Two ways to capture give the same numbers: :class:`EagerCapture` (hooks during a normal backward pass)
+and :func:`functional_gradients` (a zero *probe* added to each layer's output, whose gradient is δ),
+which works under ``torch.func.grad`` and ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from mupx.losses import Loss
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def factorable(module: nn.Module) -> bool:
+    """Whether K-FAC has Kronecker factors for this module: Linear, and ungrouped zero-padded Conv2d."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
+def factorable_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers of ``model`` that K-FAC can factor, by qualified name."""
+    return {name: m for name, m in model.named_modules() if factorable(m)}
+
+
+def input_rows(layer: nn.Module, h: Tensor) -> Tensor:
+    """Lay a layer's input out as rows ``[N, T, d_in]``."""
+    if isinstance(layer, nn.Conv2d):
+        left, right, top, bottom = _padding(layer)
+        padded = F.pad(h, (left, right, top, bottom))
+        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT
+    return h.reshape(h.shape[0], -1, h.shape[-1])
+
+
+def output_rows(layer: nn.Module, delta: Tensor) -> Tensor:
+    """Lay a gradient with respect to a layer's output out as rows ``[N·T, d_out]``."""
+    if isinstance(layer, nn.Conv2d):
+        return delta.movedim(1, -1).reshape(-1, delta.shape[1])
+    return delta.reshape(-1, delta.shape[-1])
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    if isinstance(layer.padding, str):
+        # torch keeps the resolved "same"/"valid" padding in F.pad order.
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        return left, right, top, bottom
+    vertical, horizontal = layer.padding
+    return horizontal, horizontal, vertical, vertical
+
+
+@dataclass
+class FactorSums:
+    """Running sums behind one layer's A and B; adding micro-batches gives the factors of the batch."""
+
+    inputs: Tensor | None = None
+    input_count: Tensor | float = 0.0
+    outputs: Tensor | None = None
+    output_count: Tensor | float = 0.0
+
+    def add_inputs(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Add Σ h hᵀ over the rows ``[N, T, d_in]`` that ``mask`` ([N] or [N, T]) keeps."""
+        flat = rows.flatten(0, 1)
+        kept = flat
+        count: Tensor | float = float(flat.shape[0])
+        if mask is not None:
+            weights = mask.reshape(mask.shape[0], -1).to(rows.dtype).expand(rows.shape[:2]).reshape(-1, 1)
+            kept, count = flat * weights, weights.sum()
+        product = flat.mT @ kept
+        self.inputs = product if self.inputs is None else self.inputs + product
+        self.input_count = self.input_count + count
+
+    def add_outputs(self, rows: Tensor, scale: Tensor | float) -> None:
+        """Add Σ δ δᵀ for δ = scale · rows, rows ``[N·T, d_out]``."""
+        product = (rows.mT @ rows) * scale**2
+        self.outputs = product if self.outputs is None else self.outputs + product
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (A, B).
+
+        Raises:
+            RuntimeError: The layer saw no forward or no backward pass.
+        """
+        if self.inputs is None or self.outputs is None:
+            raise RuntimeError(
+                "no curvature captured: run the forward and the backward pass inside `with opt.curvature():`"
+                " (and call `opt.update_curvature(outputs)` for the Monte-Carlo and exact Fisher)"
+            )
+        return self.inputs / self.input_count, self.outputs / self.output_count
+
+
+class EagerCapture:
+    """Collect h and δ of every layer during a normal forward and backward pass.
+
+    Args:
+        layers: Modules to watch.
+        sums: Accumulators to add to, by layer name.
+        loss: The loss, for its normaliser and mask.
+        targets: Targets of this batch; None means every sample counts once.
+        loss_scale: Factor between the back-propagated quantity and the mean loss (gradient
+            accumulation by 1/k, a GradScaler's scale).
+        empirical: Take δ from the backward pass itself (otherwise from :meth:`add_fisher`).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        sums: Mapping[str, FactorSums],
+        loss: Loss,
+        targets: Tensor | None = None,
+        loss_scale: float = 1.0,
+        empirical: bool = True,
+    ) -> None:
+        self._layers, self._sums, self._loss = layers, sums, loss
+        self._mask = None if targets is None else loss.mask(targets)
+        self._terms = None if targets is None else loss.normaliser(targets)
+        self._loss_scale, self._empirical = loss_scale, empirical
+        self._edges: list[tuple[str, GradientEdge]] = []
+        self._handles: list[RemovableHandle] = []
+        self._counted: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._edges.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
+            with torch.autocast(output.device.type, enabled=False):
+                rows = input_rows(module, args[0].detach().to(self._layers[name].weight.dtype))
+                self._sums[name].add_inputs(rows, self._row_mask(rows))
+            terms = rows.shape[0] if self._terms is None else self._terms
+            if name not in self._counted:
+                self._counted.add(name)
+                self._sums[name].output_count = self._sums[name].output_count + terms
+            if self._empirical:
+                output.register_hook(lambda g: self._add_delta(name, g, terms / self._loss_scale))
+            else:
+                self._edges.append((name, get_gradient_edge(output)))
+
+        return record
+
+    def _row_mask(self, rows: Tensor) -> Tensor | None:
+        mask = self._mask
+        return mask if mask is not None and mask.shape[0] == rows.shape[0] else None
+
+    def _add_delta(self, name: str, gradient: Tensor, scale: Tensor | float) -> None:
+        layer = self._layers[name]
+        self._sums[name].add_outputs(output_rows(layer, gradient.detach().to(layer.weight.dtype)), scale)
+
+    def add_fisher(self, outputs: Tensor, exact: bool, generator: Any = None, labels: Any = None) -> None:
+        """Back-propagate the model's own output distribution to every layer.
+
+        Args:
+            outputs: The model's outputs ``[N, …, C]``, still attached to the graph.
+            exact: All classes (C backward passes) instead of one sampled label.
+            generator: Source of the sampled labels.
+            labels: Labels to use instead of sampling (Monte-Carlo only).
+        """
+        if exact:
+            directions = self._loss.exact_gradients(outputs)
+        else:
+            directions = self._loss.sampled_gradients(outputs, generator, labels).unsqueeze(0)
+        if self._mask is not None:
+            directions = directions * self._mask.unsqueeze(-1)
+        edges = [edge for _, edge in self._edges]
+        for direction in directions:
+            gradients = torch.autograd.grad(outputs, edges, direction, retain_graph=True)
+            for (name, _), gradient in zip(self._edges, gradients, strict=True):
+                self._add_delta(name, gradient, 1.0)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one functional pass yields: gradients by parameter, rows and δ by layer, loss, outputs."""
+
+    gradients: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    deltas: dict[str, Tensor]
+    loss: Tensor
+    outputs: Tensor
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return (A, B) of one layer, with whatever leading dimensions the capture was mapped over."""
+        h, delta = self.inputs[name], self.deltas[name]
+        terms = self.outputs.shape[-2]
+        return h.mT @ h / h.shape[-2], delta.mT @ delta / terms
+
+
+def functional_gradients(
+    model: nn.Module,
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    probes: Mapping[str, Tensor],
+) -> Captured:
+    """Return gradients, layer inputs and δ as one pure function, for ``torch.func`` and ``vmap``.
+
+    Args:
+        model: The module, used for its structure only.
+        loss: A mean over terms; outputs ``[N, C]``.
+        parameters: Name → tensor; under ``vmap`` with a leading population dimension.
+        inputs: One batch.
+        targets: Its targets.
+        probes: Layer name → zeros of the layer's output shape (see :func:`zero_probes`).
+    """
+    layers = {name: model.get_submodule(name) for name in probes}
+    terms = loss.normaliser(targets)
+
+    def forward(
+        values: Mapping[str, Tensor], added: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+        rows: dict[str, Tensor] = {}
+
+        def probe(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                rows[name] = input_rows(module, args[0]).flatten(0, 1)
+                return output + added[name]
+
+            return hook
+
+        handles = [layer.register_forward_hook(probe(name)) for name, layer in layers.items()]
+        try:
+            outputs = torch.func.functional_call(model, dict(values), (inputs,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return loss(outputs, targets), (rows, outputs)
+
+    (gradients, deltas), (value, (rows, outputs)) = torch.func.grad_and_value(
+        forward, argnums=(0, 1), has_aux=True
+    )(parameters, probes)
+    signals = {name: output_rows(layers[name], delta) * terms for name, delta in deltas.items()}
+    return Captured(gradients, rows, signals, value, outputs)
+
+
+def zero_probes(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Return zeros of every factorable layer's output shape for this batch."""
+    shapes: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            shapes[name] = torch.zeros_like(output)
+
+        return hook
+
+    layers = factorable_layers(model)
+    handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes

@@ -1,0 +1,86 @@
+"""Damped inverses and inverse roots of symmetric factors: pure functions over leading dimensions.
+
+Shapes: a factor is ``[..., d, d]``, a ridge broadcasts against ``[...]``. Every function returns its
+result together with ``ok [...]``, which is False where the factor is zero or not finite; the result
+there is zero, so the layer takes no step. Non-finite values never reach LAPACK: MKL prints errors and
+stalls on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def trace(factor: Tensor) -> Tensor:
+    """Return tr(M), shape ``[...]``, of ``[..., d, d]``."""
+    return factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def usable(factor: Tensor) -> Tensor:
+    """Return ``[...]`` bool: every entry finite and the trace positive."""
+    return factor.isfinite().all(-1).all(-1) & (trace(factor) > 0)
+
+
+def add_ridge(factor: Tensor, ridge: Tensor | float) -> Tensor:
+    """Return M + ρ I for ρ broadcastable against ``[...]``."""
+    result = factor.clone()
+    rho = torch.as_tensor(ridge, dtype=factor.dtype, device=factor.device)
+    result.diagonal(dim1=-2, dim2=-1).add_(rho[..., None])
+    return result
+
+
+def damped_inverse(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return (M + ρ I)⁻¹ by Cholesky, and ok.
+
+    A factor whose rounding errors exceed the ridge is factorised again in float64; where that fails
+    too, ok is False.
+
+    Args:
+        factor: Symmetric positive semi-definite M, ``[..., d, d]``.
+        ridge: ρ, broadcastable against ``[...]``, in the units of M.
+    """
+    damped = add_ridge(factor, ridge)
+    ok = usable(factor) & usable(damped)
+    safe = _replace_unusable(damped, ok)
+    lower, info = torch.linalg.cholesky_ex(safe)
+    if bool(info.any()):
+        lower, info = torch.linalg.cholesky_ex(safe.double())
+        ok = ok & (info == 0)
+        lower = _replace_unusable(lower, info == 0)
+    return _zero_unless(ok, torch.cholesky_inverse(lower).to(factor.dtype)), ok
+
+
+def eigh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues ``[..., d]`` (clamped at zero), eigenvectors ``[..., d, d]`` and ok ``[...]``."""
+    ok = usable(factor)
+    values, vectors = torch.linalg.eigh(_replace_unusable(factor, ok))
+    return values.clamp_min(0), vectors, ok
+
+
+def inverse_root(factor: Tensor, root: float, ridge: Tensor | float, relative: bool) -> tuple[Tensor, Tensor]:
+    """Return (M + ρ I)^(-1/root), or with ``relative`` (M + ρ λmax I)^(-1/root), and ok.
+
+    Args:
+        factor: Symmetric positive semi-definite M, ``[..., d, d]``.
+        root: 4 for Shampoo's inverse fourth root.
+        ridge: ρ, broadcastable against ``[...]``; dimensionless when ``relative``.
+        relative: Measure the ridge in units of λmax.
+    """
+    values, vectors, ok = eigh(factor)
+    rho = torch.as_tensor(ridge, dtype=factor.dtype, device=factor.device)
+    unit = values[..., -1] if relative else torch.ones_like(values[..., -1])
+    powered = (values + (rho * unit)[..., None]).pow(-1.0 / root)
+    result = (vectors * powered[..., None, :]) @ vectors.mT
+    return _zero_unless(ok, result), ok
+
+
+def _zero_unless(ok: Tensor, result: Tensor) -> Tensor:
+    return result if bool(ok.all()) else torch.where(ok[..., None, None], result, 0.0)
+
+
+def _replace_unusable(factor: Tensor, ok: Tensor) -> Tensor:
+    if bool(ok.all()):
+        return factor
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.where(ok[..., None, None], factor, identity)
