@@ -1,0 +1,24 @@
+"""The optimizers: one line each, imported when used; each has a scaling rule of the same name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mupx.registry import Registry
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "sgd": "mupx.optim.sgd:SGD",
+        "adamw": "mupx.optim.adam:AdamW",
+        "kfac": "mupx.optim.kfac:KFAC",
+        "shampoo": "mupx.optim.shampoo:Shampoo",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    for key, target in OPTIMIZERS.items():
+        if target.endswith(f":{name}"):
+            return OPTIMIZERS.load(key)
+    raise AttributeError(f"module 'mupx.optim' has no attribute {name!r}")

@@ -1,0 +1,283 @@
+"""What every mupx optimizer shares: groups, momentum, weight decay, the fallback, and one `step`.
+
+An optimizer supplies :meth:`Base.direction`; it never overrides ``step``. Group keys besides torch's
+own: ``algorithm`` (the optimizer's own name, or ``adamw`` for what it cannot treat), ``damping_A``,
+``damping_B``, ``eps``, ``betas``, ``momentum``, ``weight_decay``, ``weight_decay_mode``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, get_args, overload
+
+import torch
+from torch import Tensor
+
+from mupx.errors import UsageError
+from mupx.scaling import WeightDecayMode, find_rule
+
+Groups = Iterable[Any]
+Scalar = Tensor | float
+
+
+def heavy_ball(update: Tensor, buffer: Tensor | None, momentum: Scalar) -> Tensor:
+    """Return the new momentum buffer v ← μ v + u; the first buffer is u itself."""
+    return update.clone() if buffer is None else buffer * over(momentum, buffer) + update
+
+
+def over(scalar: Scalar, tensor: Tensor) -> Scalar:
+    """Shape a hyperparameter ``[...]`` so that it broadcasts over the trailing axes of ``tensor``."""
+    if isinstance(scalar, Tensor) and scalar.dim():
+        return scalar.reshape(*scalar.shape, *[1] * (tensor.dim() - scalar.dim()))
+    return scalar
+
+
+def adam_direction(
+    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: Sequence[float], eps: Scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (u, m, v): u = m̂ / (√v̂ + eps) with m, v the running means of g and g² (arXiv:1412.6980).
+
+    Args:
+        gradient: g, ``[..., *shape]``.
+        mean: m before this step, zeros at first.
+        square: v before this step, zeros at first.
+        step: Steps including this one, from 1.
+        betas: Decay rates of m and v.
+        eps: In the units of the gradient, broadcastable against ``[...]``.
+    """
+    beta1, beta2 = betas
+    mean = torch.lerp(mean, gradient, 1 - beta1)
+    square = torch.lerp(square, gradient.square(), 1 - beta2)
+    denominator = square.sqrt() / math.sqrt(1 - beta2**step) + over(eps, square)
+    return mean / (1 - beta1**step) / denominator, mean, square
+
+
+def decayed(
+    parameter: Tensor, gradient: Tensor, mode: str, weight_decay: Scalar, lr: Scalar, initial_lr: Scalar
+) -> tuple[Scalar, Tensor]:
+    """Return (factor on the weights, gradient) under one weight-decay convention.
+
+    ``independent``: W ← (1 − λ·lr/initial_lr) W, so the decay follows the schedule but not the lr;
+    ``adamw``: W ← (1 − λ·lr) W; ``l2``: λ W is added to the gradient.
+    """
+    if isinstance(weight_decay, float) and weight_decay == 0.0:
+        return 1.0, gradient
+    if mode == "l2":
+        return 1.0, gradient + over(weight_decay, parameter) * parameter
+    rate = weight_decay * lr if mode == "adamw" else weight_decay * (lr / initial_lr)
+    return 1.0 - over(rate, parameter), gradient
+
+
+class Base(torch.optim.Optimizer):
+    """Shell around pure tensor functions.
+
+    Args:
+        params: Parameters, ``named_parameters()``, or groups as :func:`mupx.param_groups` makes them.
+        defaults: Group defaults; ``lr`` must be positive.
+
+    Raises:
+        UsageError: A hyperparameter is out of range.
+    """
+
+    algorithm: ClassVar[str]
+
+    def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {"algorithm": self.algorithm, **defaults})
+        for group in self.param_groups:
+            _validate(group)
+            if isinstance(group["lr"], Tensor):
+                # Groups built from one tensor must not share it: a scheduler writes in place.
+                group["lr"] = group["lr"].clone()
+            group.setdefault("initial_lr", _copied(group["lr"]))
+
+    @abstractmethod
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u such that the step is W ← W − lr·u; runs without autograd."""
+
+    def before_step(self) -> None:
+        """Refresh whatever the directions of this step need."""
+
+    def curvature(
+        self, targets: Tensor | None = None, *, loss_scale: float = 1.0
+    ) -> AbstractContextManager[None]:
+        """Wrap the forward and backward pass; optimizers with captured curvature override this."""
+        return nullcontext()
+
+    def update_curvature(self, outputs: Tensor, labels: Tensor | None = None) -> None:
+        """Offer the model's outputs between forward and backward pass."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one step; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.before_step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        factor, gradient = decayed(
+            parameter,
+            parameter.grad,  # type: ignore[arg-type]
+            group["weight_decay_mode"],
+            group["weight_decay"],
+            lr,
+            group["initial_lr"],
+        )
+        fallback = group["algorithm"] != self.algorithm
+        direct = self.adam if fallback else self.direction
+        update = direct(parameter, gradient, group)
+        if not (isinstance(factor, float) and factor == 1.0):
+            parameter.mul_(factor)
+        if isinstance(lr, Tensor):
+            parameter.sub_(lr.to(update.dtype) * update)
+        else:
+            parameter.add_(update, alpha=-lr)
+
+    def adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return Adam's direction: the whole of AdamW, and the fallback of the others."""
+        state = self.state[parameter]
+        step = state["step"] = state.get("step", 0) + 1
+        zeros = torch.zeros_like(gradient)
+        update, state["exp_avg"], state["exp_avg_sq"] = adam_direction(
+            gradient,
+            state.get("exp_avg", zeros),
+            state.get("exp_avg_sq", zeros),
+            step,
+            group["betas"],
+            group["eps"],
+        )
+        return update
+
+    def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the heavy-ball buffer after adding ``update``."""
+        momentum = group["momentum"]
+        if isinstance(momentum, float) and momentum == 0.0:
+            return update
+        state = self.state[parameter]
+        buffer = state["momentum_buffer"] = heavy_ball(update, state.get("momentum_buffer"), momentum)
+        return buffer
+
+
+DEFAULTS: dict[str, Any] = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "weight_decay_mode": "independent",
+}
+
+
+def split_ridge(damping: float, ratio: float) -> tuple[float, float]:
+    """Return ρ_A = ρ·√ratio and ρ_B = ρ/√ratio.
+
+    Raises:
+        UsageError: Either is not a finite positive number.
+    """
+    for name, value in (("damping", damping), ("damping_ratio", ratio)):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} must be a finite number > 0, got {value}")
+    return damping * math.sqrt(ratio), damping / math.sqrt(ratio)
+
+
+def running_average(old: Tensor | None, new: Tensor, ema: float, seen: int, gap: int) -> Tensor:
+    """Return the average of factors, whose memory is measured in steps, not in refreshes.
+
+    The weight of the new factor is max(1 − ema^gap, 1/(seen + 1)): a plain mean until the window of
+    ``ema`` is filled, so the start needs no bias correction.
+
+    Args:
+        old: Average so far, None at first.
+        new: The factor of this step's batch.
+        ema: Decay per step.
+        seen: Factors averaged so far.
+        gap: Steps since the last one.
+    """
+    return new if old is None else torch.lerp(old, new, max(1.0 - ema**gap, 1.0 / (seen + 1)))
+
+
+def refresh_interval(step: int, refresh: int, staleness: float) -> int:
+    """Return how many steps curvature may serve at ``step`` (from 0): min(refresh, staleness · step) ≥ 1.
+
+    Curvature changes fastest at the start: an interval that grows with the step keeps its relative age
+    constant, and costs a number of extra refreshes that does not depend on the length of the run.
+    benchmarks/refresh.py compares it with the alternatives.
+    """
+    return max(1, min(refresh, int(staleness * step)))
+
+
+def require_refresh(refresh: int, staleness: float, ema: float) -> None:
+    """Check the refresh schedule and the window of the running average."""
+    if refresh < 1 or not 0 < staleness <= 1 or not 0 <= ema < 1:
+        raise UsageError(
+            f"refresh must be ≥ 1, 0 < staleness ≤ 1 and 0 ≤ ema < 1, got {refresh=}, {staleness=}, {ema=}"
+        )
+
+
+def sort_groups(
+    params: Groups, fallback_lr: Scalar, treats: Callable[[Tensor], bool]
+) -> list[dict[str, Any]]:
+    """Split groups that do not state their algorithm into the optimizer's own part and AdamW's.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups of either.
+        fallback_lr: Learning rate of AdamW's part.
+        treats: Whether the optimizer can treat a parameter.
+    """
+    entries = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        if "algorithm" in group:
+            result.append(group)
+            continue
+        items = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        mine = [i for i in items if treats(i[1] if isinstance(i, tuple) else i)]
+        rest = [i for i in items if not treats(i[1] if isinstance(i, tuple) else i)]
+        if mine:
+            result.append({**group, "params": mine})
+        if rest:
+            result.append({**group, "params": rest, "algorithm": "adamw", "lr": fallback_lr})
+    return result
+
+
+def require_choice(what: str, given: str, allowed: Iterable[str]) -> str:
+    """Return ``given`` or refuse it, naming what is allowed."""
+    if given not in (names := list(allowed)):
+        raise UsageError(f"{what} must be one of {', '.join(names)}, got {given!r}")
+    return given
+
+
+def require_damping_rule(optimizer: str, given: str) -> str:
+    """Return ``given`` if the optimizer's scaling rule knows this damping rule."""
+    return require_choice(f"damping_rule of {optimizer}", given, find_rule(optimizer).damping)
+
+
+def _copied(lr: Scalar) -> Scalar:
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _validate(group: dict[str, Any]) -> None:
+    for key in ("lr", "eps", "weight_decay", "momentum", "damping_A", "damping_B"):
+        value = group.get(key)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{key} must be a finite number ≥ 0, got {float(value)}")
+    if not group["lr"] > 0:
+        raise UsageError(f"lr must be > 0, got {float(group['lr'])}; freeze a tensor by requires_grad=False")
+    for key, value in (("momentum", group["momentum"]), *(("betas", beta) for beta in group["betas"])):
+        if not 0 <= value < 1:
+            raise UsageError(f"{key} must be ≥ 0 and < 1, got {value}")
+    require_choice("weight_decay_mode", group["weight_decay_mode"], get_args(WeightDecayMode))

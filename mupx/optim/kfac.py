@@ -1,0 +1,303 @@
+"""K-FAC: precondition each layer's gradient by its Kronecker factors.
+
+Update: U = (B + ρ_B I)⁻¹ G (A + ρ_A I)⁻¹ for weights ``[d_out, d_in]`` and (B + ρ_B I)⁻¹ g for biases
+(Martens & Grosse 2015, arXiv:1503.05671; convolutions: arXiv:1602.01407). Biases are preconditioned
+by B alone: folding them into h as a homogeneous coordinate makes their updates vanish with width.
+
+Damping rules, with ρ_A and ρ_B the group's ``damping_A`` and ``damping_B``:
+
+* ``absolute``: the ridges are ρ_A and ρ_B (arXiv:2312.12226, Prop. 4.1);
+* ``trace``: ρ_A·tr(A) and ρ_B·tr(B), dimensionless (arXiv:2312.12226, §4.2);
+* ``pi``: π√ρ and √ρ/π, π² = (tr A/d_in)/(tr B/d_out) — not width-invariant, for comparison;
+* ``exact``: (A⊗B + ρ I)⁻¹ through both eigendecompositions, ρ = ``damping_B``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupx.curvature import EagerCapture, FactorSums, Layer, factorable_layers
+from mupx.linalg import damped_inverse, eigh, trace
+from mupx.losses import LOSSES, Loss
+from mupx.optim.base import (
+    DEFAULTS,
+    Base,
+    Groups,
+    Scalar,
+    over,
+    refresh_interval,
+    require_choice,
+    require_damping_rule,
+    require_refresh,
+    running_average,
+    sort_groups,
+    split_ridge,
+)
+
+Solver = dict[str, Tensor]
+
+
+def ridges(A: Tensor, B: Tensor, damping_A: Scalar, damping_B: Scalar, rule: str) -> tuple[Tensor, Tensor]:
+    """Return the ridges (ρ_A, ρ_B), each ``[...]``, in the units of A ``[..., d, d]`` and of B."""
+    tr_A, tr_B = trace(A), trace(B)
+    if rule == "trace":
+        return damping_A * tr_A, damping_B * tr_B
+    if rule == "pi":
+        # Written as products: below a zero head tr B = 0 and π would be infinite.
+        mean_A, mean_B = tr_A / A.shape[-1], tr_B / B.shape[-1]
+        tiny = torch.finfo(A.dtype).tiny
+        root = torch.as_tensor(damping_B, dtype=A.dtype, device=A.device).sqrt()
+        pi = (mean_A.clamp_min(tiny) / mean_B.clamp_min(tiny)).sqrt()
+        return root * pi, root / pi
+    return damping_A + torch.zeros_like(tr_A), damping_B + torch.zeros_like(tr_B)
+
+
+def build_solver(
+    A: Tensor, B: Tensor, damping_A: Scalar | None, damping_B: Scalar, bias_ridge: Scalar | None, rule: str
+) -> tuple[Solver, Tensor]:
+    """Prepare what :func:`precondition` needs from one layer's factors.
+
+    Args:
+        A: ``[..., d_in, d_in]``.
+        B: ``[..., d_out, d_out]``.
+        damping_A: ρ_A of the weight; unused by ``exact``.
+        damping_B: ρ_B of the weight, or the single ρ of ``exact``.
+        bias_ridge: ρ_B of the bias where it differs from the weight's (``exact``).
+        rule: ``absolute``, ``trace``, ``pi`` or ``exact``.
+
+    Returns:
+        The solver and ok ``[...]``: False where a factor is zero or not finite, so U is zero.
+    """
+    if rule == "exact":
+        values_A, vectors_A, ok_A = eigh(A)
+        values_B, vectors_B, ok_B = eigh(B)
+        ok = ok_A & ok_B
+        spectrum = values_B[..., :, None] * values_A[..., None, :]
+        inner = ok[..., None, None] / (spectrum + over(damping_B, spectrum))
+        solver = {"vectors_A": vectors_A, "vectors_B": vectors_B, "inner": inner}
+        if bias_ridge is not None:
+            solver["inner_bias"] = ok[..., None] / (values_B + over(bias_ridge, values_B))
+        return solver, ok
+    assert damping_A is not None
+    rho_A, rho_B = ridges(A, B, damping_A, damping_B, rule)
+    inverse_A, ok_A = damped_inverse(A, rho_A)
+    inverse_B, ok_B = damped_inverse(B, rho_B)
+    return {"inverse_A": inverse_A, "inverse_B": inverse_B}, ok_A & ok_B
+
+
+def precondition(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
+    """Return U for a weight gradient ``[..., d_out, d_in]``."""
+    if "inner" in solver:
+        Q_A, Q_B = solver["vectors_A"], solver["vectors_B"]
+        return Q_B @ ((Q_B.mT @ gradient @ Q_A) * solver["inner"]) @ Q_A.mT
+    return solver["inverse_B"] @ gradient @ solver["inverse_A"]
+
+
+def precondition_bias(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
+    """Return (B + ρ_B I)⁻¹ g for a bias gradient ``[..., d_out]``."""
+    column = gradient.unsqueeze(-1)
+    if "inner_bias" in solver:
+        Q_B = solver["vectors_B"]
+        return (Q_B @ ((Q_B.mT @ column) * solver["inner_bias"].unsqueeze(-1))).squeeze(-1)
+    return (solver["inverse_B"] @ column).squeeze(-1)
+
+
+class KFAC(Base):
+    """K-FAC for Linear and ungrouped Conv2d layers; everything else goes to AdamW.
+
+    On a refresh step the forward and backward pass must run inside :meth:`curvature`::
+
+        with optimizer.curvature(targets):
+            outputs = model(inputs)
+            optimizer.update_curvature(outputs)  # Monte-Carlo and exact Fisher only
+            loss(outputs, targets).backward()
+        optimizer.step()
+
+    Width rule (arXiv:2312.12226): lr × 1, ρ_A × r_in, ρ_B × 1/r_out; ``trace`` needs no multiplier.
+
+    Args:
+        params: Parameters or groups; plain parameters are sorted into K-FAC and fallback by layer.
+        model: The module they belong to.
+        lr: Learning rate.
+        damping: ρ, split as ρ_A = ρ·√ratio, ρ_B = ρ/√ratio where a group does not set its own.
+        damping_ratio: ρ_A/ρ_B; π and exact damping have a single ρ and ignore it.
+        damping_rule: ``absolute``, ``trace``, ``pi`` or ``exact``.
+        fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
+        loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
+        refresh: Longest interval between updates of the factors and their inverses, in steps.
+        staleness: Largest age of the curvature as a fraction of the steps done; what decides early on.
+        ema: Decay per step of the running average of A and B (0: the current batch only).
+        momentum: Heavy-ball momentum on the preconditioned update.
+        fallback_lr: AdamW's learning rate for what K-FAC cannot factor.
+        betas: AdamW's betas for the same.
+        eps: AdamW's eps for the same.
+        weight_decay: λ under ``weight_decay_mode``.
+        weight_decay_mode: ``independent``, ``adamw`` or ``l2``.
+        generator: Source of the Monte-Carlo labels.
+
+    Attributes:
+        fallback: Names of the parameters that AdamW updates.
+        skipped: Layer name → refreshes at which a factor was zero or not finite (its update is zero).
+    """
+
+    algorithm = "kfac"
+
+    def __init__(
+        self,
+        params: Groups,
+        model: nn.Module,
+        lr: Scalar = 0.1,
+        *,
+        damping: float = 0.125,
+        damping_ratio: float = 1.0,
+        damping_rule: str = "absolute",
+        fisher: str = "empirical",
+        loss: str | Loss = "cross_entropy",
+        refresh: int = 10,
+        staleness: float = 0.05,
+        ema: float = 0.95,
+        momentum: float = 0.0,
+        fallback_lr: Scalar = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        weight_decay_mode: str = "independent",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.damping_rule = require_damping_rule("kfac", damping_rule)
+        self.fisher = require_choice("fisher", fisher, ("empirical", "mc", "exact"))
+        self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
+        require_refresh(refresh, staleness, ema)
+        self.refresh, self.staleness = refresh, staleness
+        self.ema, self.generator = ema, generator
+        split = damping_rule in ("absolute", "trace")
+        ridge_A, ridge_B = split_ridge(damping, damping_ratio if split else 1.0)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._layers = _layers_by_weight(model)
+        self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
+        defaults = {
+            **DEFAULTS,
+            "lr": lr,
+            "damping_A": ridge_A,
+            "damping_B": ridge_B,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_mode": weight_decay_mode,
+        }
+        super().__init__(sort_groups(params, fallback_lr, self._can_factor), defaults)
+        self._active = [
+            p
+            for g in self.param_groups
+            if g["algorithm"] == "kfac"
+            for p in g["params"]
+            if id(p) in self._layers
+        ]
+        self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
+        self._sums: dict[str, FactorSums] = {}
+        self._capture: EagerCapture | None = None
+        self.skipped: Counter[str] = Counter()
+
+    @property
+    def fallback(self) -> list[str]:
+        """Names of the parameters that AdamW updates, in order."""
+        groups = [g for g in self.param_groups if g["algorithm"] != self.algorithm]
+        return [self._names.get(id(p), "?") for g in groups for p in g["params"]]
+
+    def _can_factor(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._layers or id(parameter) in self._bias_owner
+
+    def _name(self, weight: Tensor) -> str:
+        return self._names[id(weight)].removesuffix(".weight")
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the coming step updates the factors and so needs :meth:`curvature`."""
+        return any(self._stale(self.state[p]) for p in self._active)
+
+    def _stale(self, state: Mapping[str, Any]) -> bool:
+        step = state.get("step", 0)
+        if "refreshed_at" not in state:
+            return True
+        age: int = step - state["refreshed_at"]
+        return age >= refresh_interval(step, self.refresh, self.staleness)
+
+    @contextmanager
+    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
+        """Capture A and B from the passes inside; does nothing unless a refresh is due.
+
+        Args:
+            targets: Targets of the batch, for the loss's normaliser and ignored terms; None means that
+                the loss is a plain mean over the batch dimension.
+            loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
+                scale of a GradScaler.
+        """
+        if not self.refresh_due:
+            yield
+            return
+        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in self._active}
+        for name in layers:
+            self._sums.setdefault(name, FactorSums())
+        empirical = self.fisher == "empirical"
+        with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
+            yield
+        self._capture = None
+
+    def update_curvature(self, outputs: Tensor, labels: Tensor | None = None) -> None:
+        """Back-propagate the Monte-Carlo or exact Fisher; call between forward and backward.
+
+        Args:
+            outputs: Model outputs ``[N, …, C]``, attached to the graph.
+            labels: Labels to use instead of sampling them (Monte-Carlo only).
+        """
+        if self._capture is not None and self.fisher != "empirical":
+            self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
+
+    def before_step(self) -> None:
+        """On a refresh step, average the new factors in and rebuild the solvers."""
+        if not self.refresh_due:
+            return
+        sums, self._sums = self._sums, {}
+        for weight in self._active:
+            name = self._name(weight)
+            if weight.grad is not None:
+                self._refresh_layer(weight, name, sums.get(name, FactorSums()))
+
+    def _refresh_layer(self, weight: Tensor, name: str, sums: FactorSums) -> None:
+        state, group = self.state[weight], self._group_of[id(weight)]
+        A, B = sums.factors()
+        seen, step = state.get("refreshes", 0), state.get("step", 0)
+        gap = step - state.get("refreshed_at", step)
+        state["A"] = running_average(state.get("A"), A, self.ema, seen, gap)
+        state["B"] = running_average(state.get("B"), B, self.ema, seen, gap)
+        state["refreshes"], state["refreshed_at"] = seen + 1, step
+        bias = self._layers[id(weight)].bias
+        bias_group = None if bias is None else self._group_of.get(id(bias))
+        bias_ridge = None if bias_group is None else bias_group["damping_B"]
+        solver, ok = build_solver(
+            state["A"], state["B"], group["damping_A"], group["damping_B"], bias_ridge, self.damping_rule
+        )
+        self.skipped[name] += int(not bool(ok))
+        state.update(solver)
+
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the momentum of the preconditioned gradient."""
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        if id(parameter) in self._layers:
+            flat = precondition(gradient.flatten(1), state)
+            return self.momentum(parameter, flat.view_as(gradient), group)
+        owner = self._bias_owner[id(parameter)]
+        solver = self.state[owner.weight]
+        return self.momentum(parameter, precondition_bias(gradient, solver), group)
+
+
+def _layers_by_weight(model: nn.Module) -> dict[int, Layer]:
+    return {id(layer.weight): layer for layer in factorable_layers(model).values()}

@@ -1,0 +1,223 @@
+"""From a model and a table to initialised weights and named parameter groups.
+
+The table of :func:`mupx.layers.derive` is the only source: weights are rescaled to its ``init_std``,
+groups carry its values. The target keeps the tensor it drew, times one factor; it is never drawn again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupx import config
+from mupx.config import Experiment, Hyperparameters, OptimizerConfig
+from mupx.errors import MismatchError, UsageError, unknown_name
+from mupx.layers import Layer, Parameter, derive
+from mupx.optim import OPTIMIZERS
+from mupx.optim.base import Base
+from mupx.roles import Factory, describe, initial_std
+from mupx.scaling import find_parametrization, find_rule
+
+Group = dict[str, Any]
+STRUCTURE = ("fisher", "refresh", "staleness", "ema", "blocks", "accumulate")
+CHECKED = ("lr", "damping_A", "damping_B", "eps", "weight_decay")
+
+
+def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Rescale freshly drawn weights in place to the table's init std; constants stay.
+
+    At base width every factor is exactly 1, so the weights keep every bit.
+
+    Raises:
+        MismatchError: The model's parameters are not those of the table.
+    """
+    _refuse_other_shapes(model, layers)
+    with torch.no_grad():
+        for layer in layers:
+            own = initial_std(model, layer.name)
+            if own and layer.init_std and layer.init_std != own:
+                model.get_parameter(layer.name).mul_(layer.init_std / own)
+
+
+def make_groups(model: nn.Module, layers: Sequence[Layer], experiment: Experiment) -> list[Group]:
+    """Return one named parameter group per tensor, carrying the table's values."""
+    _refuse_other_shapes(model, layers)
+    optimizer, hyper = experiment.optimizer, experiment.hyperparameters
+    return [
+        {
+            "params": [(layer.name, model.get_parameter(layer.name))],
+            "algorithm": layer.optimizer,
+            "role": layer.role,
+            "r_in": layer.r_in,
+            "r_out": layer.r_out,
+            **{key: value for key in CHECKED if (value := getattr(layer, key)) is not None},
+            "betas": optimizer.betas,
+            "momentum": hyper.momentum,
+            "weight_decay_mode": optimizer.weight_decay_mode,
+        }
+        for layer in layers
+    ]
+
+
+def build_optimizer(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    experiment: Experiment,
+    generator: torch.Generator | None = None,
+) -> Base:
+    """Build the experiment's optimizer from the table.
+
+    Args:
+        model: The model the table describes.
+        layers: The table.
+        experiment: Names the optimizer and its structural choices.
+        generator: Source of the Monte-Carlo Fisher's labels.
+    """
+    name = experiment.optimizer.name
+    kind: Callable[..., Base] = OPTIMIZERS.load(name)
+    accepted = inspect.signature(kind).parameters
+    offered: dict[str, Any] = {
+        "model": model,
+        "loss": experiment.train.loss,
+        "generator": generator,
+        "damping_rule": experiment.optimizer.damping_rule or find_rule(name).default_damping,
+        **{key: getattr(experiment.optimizer, key) for key in STRUCTURE},
+    }
+    extra = {key: value for key, value in offered.items() if key in accepted}
+    return kind(make_groups(model, layers, experiment), **extra)
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """Check every name of an experiment and fill in the optimizer's default damping rule.
+
+    Raises:
+        UsageError: Unknown optimizer, damping rule or parametrization; the nearest name is given.
+    """
+    name = experiment.optimizer.name
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+    find_parametrization(experiment.scaling.parametrization)
+    rule = find_rule(name)
+    if experiment.optimizer.damping_rule is None and rule.damping:
+        experiment = experiment.updated({"optimizer.damping_rule": rule.default_damping})
+    if rule.damping:
+        rule.damping_scale(experiment.optimizer.damping_rule)
+    elif experiment.optimizer.damping_rule is not None:
+        raise UsageError(f"{name} has no damping, but optimizer.damping_rule is set; remove it")
+    return experiment
+
+
+def check_groups(optimizer: torch.optim.Optimizer, layers: Sequence[Layer], factor: float = 1.0) -> None:
+    """Compare the live parameter groups with the table.
+
+    Args:
+        optimizer: Its groups are read.
+        layers: The table.
+        factor: The schedule's current factor on every learning rate.
+
+    Raises:
+        MismatchError: A value differs by more than rel. 1e-9: something overwrote it.
+    """
+    live = {name: g for g in optimizer.param_groups for name in g.get("param_names", ())}
+    for layer in layers:
+        group = live.get(layer.name)
+        if group is None:
+            raise MismatchError(f"the optimizer has no parameter group for {layer.name}")
+        for key in CHECKED:
+            wanted = getattr(layer, key)
+            expected = None if wanted is None else wanted * (factor if key == "lr" else 1.0)
+            if expected is not None and not math.isclose(group[key], expected, rel_tol=1e-9):
+                raise MismatchError(
+                    f"{key} of {layer.name} is {float(group[key]):g} in the optimizer but {expected:g} in "
+                    "the table: something overwrote it (a scheduler that writes one lr into all groups?)"
+                )
+
+
+def experiment_from(
+    *, width: int, base_width: int, optimizer: str, parametrization: str = "mup", **values: Any
+) -> Experiment:
+    """Build an experiment from keyword arguments: hyperparameters and optimizer settings by name.
+
+    Raises:
+        UsageError: An argument is neither; the known ones are listed.
+    """
+    changes: dict[str, Any] = {
+        "scaling.width": width,
+        "scaling.base_width": base_width,
+        "scaling.parametrization": parametrization,
+        "optimizer.name": optimizer,
+    }
+    for key, value in values.items():
+        if key in Hyperparameters.model_fields:
+            changes[f"hyperparameters.{key}"] = float(value)
+        elif key in OptimizerConfig.model_fields and key != "name":
+            changes[f"optimizer.{key}"] = value
+        else:
+            known = [*Hyperparameters.model_fields, *OptimizerConfig.model_fields]
+            raise unknown_name("argument", key, known)
+    return resolved(config.parse(config.merge({}, changes)))
+
+
+def parametrize(
+    build: Factory,
+    *,
+    width: int,
+    base_width: int,
+    optimizer: str,
+    example: Tensor | None = None,
+    **values: Any,
+) -> tuple[nn.Module, list[Group]]:
+    """Build the model at ``width`` with scaled initial weights, and its parameter groups.
+
+    ``model, groups = mupx.parametrize(build, width=1024, base_width=64, optimizer="kfac", lr=0.1,
+    damping=1e-2)``; hand the groups to ``mupx.optim.KFAC(groups, model)``.
+
+    Args:
+        build: ``build(width) -> nn.Module``.
+        width: Target width.
+        base_width: Width at which the values were tuned.
+        optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
+        example: A batch of inputs, to find the read-out by a traced forward pass.
+        **values: ``lr``, ``damping``, ``momentum``, ``weight_decay``, ``parametrization``,
+            ``damping_rule``, … as in the configuration.
+    """
+    experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
+    layers = derive(describe(build, base_width, example=example), experiment)
+    model = build(width)
+    initialise(model, layers)
+    return model, make_groups(model, layers, experiment)
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    build: Factory,
+    width: int,
+    base_width: int,
+    optimizer: str,
+    example: Tensor | None = None,
+    **values: Any,
+) -> list[Group]:
+    """Return parameter groups for an existing model; its weights are never touched.
+
+    Args: as :func:`parametrize`; ``model`` was built by ``build(width)`` at some time.
+    """
+    experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
+    parameters: tuple[Parameter, ...] = describe(build, base_width, example=example)
+    return make_groups(model, derive(parameters, experiment), experiment)
+
+
+def _refuse_other_shapes(model: nn.Module, layers: Sequence[Layer]) -> None:
+    actual = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stated = {layer.name: layer.shape for layer in layers}
+    for name in {**actual, **stated}:
+        if actual.get(name) != stated.get(name):
+            raise MismatchError(
+                f"{name} has shape {actual.get(name)} in the model but {stated.get(name)} in the table; "
+                "the model was built at another width or by another factory"
+            )
