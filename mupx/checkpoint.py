@@ -1,0 +1,116 @@
+"""Checkpoints: one safetensors file per step, tensors as tensors and everything else as JSON.
+
+A file is written to a temporary name, synced and renamed, so the one before it survives a crash at any
+moment. Nothing is pickled: reading a checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mupx.errors import MismatchError
+from mupx.files import write_atomically
+
+SCHEMA = "mupx/1"
+PATTERN = re.compile(r"step-(\d{9})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to continue to the last bit."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Write ``folder/step-NNNNNNNNN.safetensors`` and remove all but the newest ``keep``.
+
+    Raises:
+        StorageError: The folder cannot be written or the disk is full; older checkpoints stay.
+    """
+    path = folder / f"step-{checkpoint.step:09d}.safetensors"
+    header = {"schema": SCHEMA, "step": checkpoint.step, "values": checkpoint.values}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    write_atomically(path, save(tensors, metadata={"mupx": json.dumps(header)}))
+    for old in _files(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint of a folder, or None if there is none.
+
+    Raises:
+        MismatchError: The newest file is damaged or was written by a newer mupx; it is left in place.
+    """
+    files = _files(folder)
+    return read(files[-1]) if files else None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("mupx", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, ValueError) as error:
+        raise MismatchError(
+            f"checkpoint {path} is damaged ({error}); move it aside to continue from the one before it"
+        ) from None
+    if header.get("schema") != SCHEMA:
+        raise MismatchError(
+            f"checkpoint {path} has schema {header.get('schema')!r}, this mupx reads {SCHEMA!r}"
+        )
+    return Checkpoint(int(header["step"]), tensors, header["values"])
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's ``state_dict`` into tensors by path and a JSON document."""
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            return {"map": [[key, strip(item, f"{path}/{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [strip(item, f"{path}/{i}") for i, item in enumerate(value)]
+        return value
+
+    document = strip(state_dict, "optimizer")
+    return tensors, document
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], document: Any) -> Any:
+    """Undo :func:`flatten_optimizer`."""
+    if isinstance(document, dict):
+        if "tensor" in document:
+            return tensors[document["tensor"]]
+        return {key: unflatten_optimizer(tensors, item) for key, item in document["map"]}
+    if isinstance(document, list):
+        return [unflatten_optimizer(tensors, item) for item in document]
+    return document
+
+
+def rng_state() -> Tensor:
+    """Return the state of torch's default CPU generator."""
+    return torch.get_rng_state()
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name))

@@ -1,0 +1,491 @@
+"""The one training loop: proxy, target, width sweep and check differ only in their experiment.
+
+Divergence is a result, not an exception. The same experiment gives the same numbers to the last bit on
+the same machine and number of threads; a run with a folder continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupx import checkpoint
+from mupx.config import Experiment, refuse_difference
+from mupx.datasets import DATASETS
+from mupx.datasets.base import Dataset, Split
+from mupx.errors import MismatchError, UsageError
+from mupx.files import write_atomically
+from mupx.layers import Layer, Parameter, derive
+from mupx.losses import LOSSES
+from mupx.models import MODELS
+from mupx.optim.base import Base
+from mupx.parametrization import build_optimizer, check_groups, initialise, resolved
+from mupx.recipe import Recipe
+from mupx.roles import Factory
+from mupx.roles import describe as describe_parameters
+
+EVALUATION_BATCH = 2000
+DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
+TAIL = 0.1  # the training loss is the mean over this last part of the steps
+CHECKPOINTS_PER_RUN = 10
+
+Report = Callable[[int, int, float], bool]
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss in nats (cross-entropy) and the fraction of right answers."""
+
+    loss: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        outcome: ``finished``, ``diverged`` or ``pruned``.
+        steps: Steps done.
+        train_loss: Mean training loss over the last 10 % of the steps; the untrained loss if diverged.
+        validation: At the end; None when the run did not finish.
+        test: Only when asked for.
+        untrained: Loss before the first step: ``train`` on the first batch, ``validation`` on the split.
+        seconds: Wall time of the steps and evaluations done by this process.
+    """
+
+    outcome: str
+    steps: int
+    train_loss: float
+    validation: Metrics | None
+    test: Metrics | None
+    untrained: Mapping[str, float]
+    seconds: float
+
+
+def load_data(experiment: Experiment) -> Dataset:
+    """Load the experiment's data set."""
+    folder = experiment.data.dir
+    data: Dataset = DATASETS.load(experiment.data.name)(None if folder is None else Path(folder).expanduser())
+    return data
+
+
+def factory(experiment: Experiment, data: Dataset) -> Factory:
+    """Return ``build(width)`` with the data's input shape and number of classes filled in."""
+    build = MODELS.load(experiment.model.name)
+    known = inspect.signature(build).parameters
+    offered = {"input_shape": data.input_shape, "classes": data.classes}
+    for name in experiment.model.args:
+        if name not in known or name in ("width", *offered):
+            allowed = ", ".join(sorted({*known} - {"width", *offered}))
+            raise UsageError(
+                f"model {experiment.model.name} takes no argument {name!r} (it takes: {allowed})"
+            )
+    filled: Factory = partial(build, **offered, **experiment.model.args)
+    return filled
+
+
+def describe(experiment: Experiment, data: Dataset) -> tuple[Parameter, ...]:
+    """Describe the experiment's parameters at the base width and at twice that."""
+    example = data.train.inputs[:2]
+    return describe_parameters(
+        factory(experiment, data), experiment.scaling.base_width, overrides=experiment.roles, example=example
+    )
+
+
+def total_steps(experiment: Experiment, train_size: int) -> int:
+    """Return the number of steps: ``train.steps``, or whole batches in ``train.epochs`` passes."""
+    if experiment.train.batch_size > train_size:
+        raise UsageError(f"train.batch_size {experiment.train.batch_size} exceeds the {train_size} examples")
+    if experiment.train.steps is not None:
+        return experiment.train.steps
+    return max(1, round(experiment.train.epochs * (train_size // experiment.train.batch_size)))
+
+
+def schedule_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
+    """Return the factor on every learning rate at ``step`` (from 0) of ``steps``.
+
+    Linear warm-up over the first ``warmup`` part, then constant, linear decay to zero, or half a cosine.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    position = (step - rising) / max(1, steps - rising)
+    if schedule == "linear":
+        return 1.0 - position
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * position))
+    return 1.0
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the named device; ``auto`` takes CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here ({reason}); try auto or cpu") from None
+    return device
+
+
+def train(
+    experiment: Experiment,
+    *,
+    data: Dataset | None = None,
+    run_dir: Path | None = None,
+    recipe: Recipe | None = None,
+    report: Report | None = None,
+    reports: int = 0,
+    evaluate_test: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Train ``experiment`` at ``experiment.scaling.width`` and say how it ended.
+
+    Args:
+        experiment: Everything the numbers depend on.
+        data: The loaded data set, when several runs share it.
+        run_dir: Folder for metrics, checkpoints and result; a started run there is continued and a
+            finished one returned.
+        recipe: Where the parameter table comes from, if not from the model itself.
+        report: ``(step, steps, objective so far) -> stop?``, called ``reports`` times at even intervals.
+        reports: Number of calls of ``report``.
+        evaluate_test: Also measure the test split at the end. A search never does.
+        progress: ``(step, steps, loss)`` after every step.
+
+    Raises:
+        UsageError: A name or value of the experiment is wrong.
+        MismatchError: The folder belongs to another configuration, or the live parameter groups
+            differ from the table.
+    """
+    experiment = resolved(experiment)
+    if experiment.train.threads is not None:
+        torch.set_num_threads(experiment.train.threads)
+    data = load_data(experiment) if data is None else data
+    folder = None if run_dir is None else RunFolder(run_dir, experiment, data.checksum, evaluate_test)
+    if folder is not None and (done := folder.result()) is not None:
+        return done
+    run = Run(experiment, data, describe(experiment, data) if recipe is None else recipe.parameters)
+    if folder is not None:
+        folder.restore(run)
+    result = _loop(run, folder, report, reports, progress, evaluate_test)
+    if folder is not None:
+        folder.finish(run, result)
+    return result
+
+
+class Run:
+    """Model, optimizer and data order of one experiment, at one step."""
+
+    def __init__(self, experiment: Experiment, data: Dataset, parameters: tuple[Parameter, ...]) -> None:
+        config = experiment.train
+        if config.batch_size % config.accumulate:
+            raise UsageError(
+                f"train.batch_size {config.batch_size} is not a multiple of "
+                f"train.accumulate {config.accumulate}"
+            )
+        self.experiment, self.data = experiment, data
+        self.device, self.dtype = pick_device(config.device), getattr(torch, config.dtype)
+        self.steps = total_steps(experiment, len(data.train))
+        self.loss = LOSSES[config.loss]
+        self.layers: list[Layer] = derive(parameters, experiment)
+        self.model, self.optimizer = self._build()
+        self.inputs = data.train.inputs.to(self.device, self.dtype)
+        self.targets = data.train.targets.to(self.device)
+        self.step = 0
+        self.losses: list[float] = []
+        self.untrained: dict[str, float] = {}
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def _build(self) -> tuple[nn.Module, Base]:
+        seed = self.experiment.train.seed
+        torch.manual_seed(seed)
+        model = factory(self.experiment, self.data)(self.experiment.scaling.width)
+        initialise(model, self.layers)
+        model = model.to(self.device, self.dtype)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        return model, build_optimizer(model, self.layers, self.experiment, self.generator)
+
+    @property
+    def factor(self) -> float:
+        """The schedule's factor for the coming step."""
+        config = self.experiment.train
+        return schedule_factor(self.step, self.steps, config.schedule, config.warmup)
+
+    def set_learning_rates(self) -> None:
+        """Scale every group's learning rate by the same factor: the ratios between groups survive."""
+        factor = self.factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return the batch of the current step; the order depends on seed and epoch alone."""
+        size = self.experiment.train.batch_size
+        epoch, position = divmod(self.step, len(self.targets) // size)
+        if epoch != self._epoch:
+            # A generator per epoch makes the order a function of the step: resuming needs no replay.
+            generator = torch.Generator().manual_seed(1_000_003 * self.experiment.train.seed + epoch)
+            self._order = torch.randperm(len(self.targets), generator=generator).to(self.device)
+            self._epoch = epoch
+        chosen = self._order[position * size : (position + 1) * size]
+        return self.inputs[chosen], self.targets[chosen]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits times ``output_scale``, in full precision."""
+        config, scale = self.experiment.train, self.experiment.hyperparameters.output_scale
+        precision: AbstractContextManager[Any] = nullcontext()
+        if config.amp == "bf16":
+            precision = torch.autocast(self.device.type, torch.bfloat16)
+        with precision:
+            outputs: Tensor = self.model(inputs)
+        outputs = outputs.to(self.dtype)
+        return outputs if scale == 1.0 else outputs * scale
+
+    def advance(self) -> float:
+        """Do one optimizer step and return the loss of its batch before the step."""
+        config = self.experiment.train
+        self.model.train()
+        self.set_learning_rates()
+        if self.step <= 1:
+            check_groups(self.optimizer, self.layers, self.factor)
+        inputs, targets = self.batch()
+        share = 1.0 / config.accumulate
+        total = 0.0
+        self.optimizer.zero_grad()
+        for x, y in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+            with self.optimizer.curvature(y, loss_scale=share):
+                outputs = self.forward(x)
+                self.optimizer.update_curvature(outputs)
+                loss = self.loss(outputs, y)
+                (loss * share if config.accumulate > 1 else loss).backward()
+            total += loss.item() * share
+        if math.isfinite(total):
+            if config.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            self.optimizer.step()
+        if self.step == 0:
+            self.untrained["train"] = total
+        self.losses.append(total)
+        self.step += 1
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> Metrics:
+        """Return mean loss and accuracy over a split."""
+        self.model.eval()
+        total, right = 0.0, 0
+        for x, y in zip(
+            split.inputs.split(EVALUATION_BATCH), split.targets.split(EVALUATION_BATCH), strict=True
+        ):
+            targets = y.to(self.device)
+            outputs = self.forward(x.to(self.device, self.dtype))
+            total += self.loss(outputs, targets).item() * len(y)
+            right += int((outputs.argmax(-1) == targets).sum())
+        return Metrics(total / len(split), right / len(split))
+
+    def diverged(self, loss: float) -> bool:
+        """Whether a loss is beyond return."""
+        return not loss <= DIVERGED_AT * max(self.untrained.values())
+
+    def recent_loss(self, since: int) -> float:
+        """Return the mean training loss of the steps from ``since`` on."""
+        recent = self.losses[since:]
+        return sum(recent) / len(recent)
+
+    def tail_loss(self) -> float:
+        """Return the mean training loss over the last 10 % of the steps done."""
+        return self.recent_loss(len(self.losses) - max(1, round(TAIL * len(self.losses))))
+
+    def snapshot(self) -> checkpoint.Checkpoint:
+        """Return everything needed to continue to the last bit."""
+        tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
+        tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["rng/torch"] = checkpoint.rng_state()
+        tensors["rng/labels"] = self.generator.get_state()
+        return checkpoint.Checkpoint(
+            self.step, tensors, {"optimizer": optimizer, "untrained": self.untrained}
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a snapshot."""
+        weights = {
+            name.removeprefix("model/"): tensor
+            for name, tensor in saved.tensors.items()
+            if name.startswith("model/")
+        }
+        self.model.load_state_dict(weights)
+        state = checkpoint.unflatten_optimizer(saved.tensors, saved.values["optimizer"])
+        self.optimizer.load_state_dict(state)
+        self.losses = saved.tensors["losses"].tolist()
+        torch.set_rng_state(saved.tensors["rng/torch"])
+        self.generator.set_state(saved.tensors["rng/labels"])
+        self.step, self.untrained = saved.step, dict(saved.values["untrained"])
+
+
+class RunFolder:
+    """A run on disk: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``."""
+
+    def __init__(self, path: Path, experiment: Experiment, checksum: str, evaluate_test: bool) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self._metrics: list[str] = []
+        identity = {**experiment.identity(search=False), "data_checksum": checksum}
+        document = {"schema": checkpoint.SCHEMA, "identity": identity, "evaluate_test": evaluate_test}
+        if (path / "run.json").exists():
+            stored = self._read("run.json")["identity"]
+            refuse_difference(f"the run in {path}", stored, identity, "use another --run-dir, or --fresh")
+        else:
+            self._write("run.json", document)
+
+    def result(self) -> Result | None:
+        """Return the result of a finished run."""
+        if not (self.path / "result.json").exists():
+            return None
+        document = self._read("result.json")
+        for split in ("validation", "test"):
+            document[split] = None if document[split] is None else Metrics(**document[split])
+        return Result(**document)
+
+    def restore(self, run: Run) -> None:
+        """Continue from the newest checkpoint and drop metrics written after it."""
+        saved = checkpoint.latest(self.checkpoints)
+        if saved is not None:
+            run.restore(saved)
+        self._keep_metrics_until(run.step)
+
+    def record(self, run: Run, **values: float | None) -> None:
+        """Queue one line of metrics; it reaches the file with the next checkpoint."""
+        self._metrics.append(json.dumps({"step": run.step, **values}))
+
+    def save(self, run: Run) -> None:
+        """Write the queued metrics, then a checkpoint."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in self._metrics)
+        self._metrics.clear()
+        checkpoint.write(self.checkpoints, run.snapshot())
+
+    def finish(self, run: Run, result: Result) -> None:
+        """Write what is queued, the last checkpoint and the result."""
+        self.save(run)
+        self._write("result.json", asdict(result))
+
+    def _keep_metrics_until(self, step: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the torn last line of a killed run
+            if entry["step"] <= step:
+                kept.append(f"{line}\n")
+        write_atomically(path, "".join(kept).encode())
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MismatchError(
+                f"{self.path / name} cannot be read ({error}); use another --run-dir"
+            ) from None
+        return document
+
+    def _write(self, name: str, document: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(document, indent=1).encode())
+
+
+def _loop(
+    run: Run,
+    folder: RunFolder | None,
+    report: Report | None,
+    reports: int,
+    progress: Progress | None,
+    evaluate_test: bool,
+) -> Result:
+    started = time.perf_counter()
+    config = run.experiment.train
+    save_every = config.checkpoint_every or max(1, run.steps // CHECKPOINTS_PER_RUN)
+    report_at = _even_steps(run.steps, reports) if report is not None else set()
+    reported = 0
+    outcome = "finished"
+    if "validation" not in run.untrained:
+        run.untrained["validation"] = run.evaluate(run.data.validation).loss
+    while run.step < run.steps:
+        loss = run.advance()
+        if folder is not None:
+            folder.record(run, loss=_finite(loss), lr_factor=_last_factor(run))
+        if run.diverged(loss):
+            outcome = "diverged"
+            break
+        if progress is not None:
+            progress(run.step, run.steps, loss)
+        if run.step in report_at and report is not None and run.step < run.steps:
+            value = _objective(run, reported)
+            reported = run.step
+            if run.diverged(value):
+                outcome = "diverged"
+                break
+            if report(run.step, run.steps, value):
+                outcome = "pruned"
+                break
+        if folder is not None and config.eval_every and run.step % config.eval_every == 0:
+            _record_validation(run, folder)
+        if folder is not None and run.step % save_every == 0 and run.step < run.steps:
+            folder.save(run)
+    return _result(run, folder, outcome, evaluate_test, started)
+
+
+def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: bool, started: float) -> Result:
+    validation = test = None
+    if outcome != "diverged":
+        validation = run.evaluate(run.data.validation)
+        if run.diverged(validation.loss):
+            outcome, validation = "diverged", None
+    if outcome == "finished" and evaluate_test:
+        test = run.evaluate(run.data.test)
+    if folder is not None and validation is not None:
+        folder.record(run, validation_loss=validation.loss, validation_accuracy=validation.accuracy)
+    train_loss = run.untrained["train"] if outcome == "diverged" else run.tail_loss()
+    seconds = time.perf_counter() - started
+    return Result(outcome, run.step, train_loss, validation, test, dict(run.untrained), seconds)
+
+
+def _objective(run: Run, since: int) -> float:
+    if run.experiment.search.objective == "train":
+        return run.recent_loss(since)
+    return run.evaluate(run.data.validation).loss
+
+
+def _record_validation(run: Run, folder: RunFolder) -> None:
+    metrics = run.evaluate(run.data.validation)
+    folder.record(run, validation_loss=metrics.loss, validation_accuracy=metrics.accuracy)
+
+
+def _even_steps(steps: int, count: int) -> set[int]:
+    return {round(steps * (i + 1) / count) for i in range(count)} if count else set()
+
+
+def _last_factor(run: Run) -> float:
+    group = run.optimizer.param_groups[0]
+    return float(group["lr"] / group["initial_lr"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
