@@ -1,0 +1,43 @@
+"""The search on the proxy: what is searched, how a trial is judged, and which trial is chosen.
+
+Everything here is imported on first use: choosing a trial of a finished study needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mupx.search.choice import Choice, Edge, choose, edges, recipe_from_study
+    from mupx.search.loop import SearchResult, TrialInfo, tune
+    from mupx.search.objective import Outcome
+    from mupx.search.sampling import default_space, role_space
+
+__all__ = [
+    "Choice",
+    "Edge",
+    "Outcome",
+    "SearchResult",
+    "TrialInfo",
+    "choose",
+    "default_space",
+    "edges",
+    "recipe_from_study",
+    "role_space",
+    "tune",
+]
+
+_HOMES = {
+    "choice": ("Choice", "Edge", "choose", "edges", "recipe_from_study"),
+    "loop": ("SearchResult", "TrialInfo", "tune"),
+    "objective": ("Outcome",),
+    "sampling": ("default_space", "role_space"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"mupx.search.{module}"), name)
+    raise AttributeError(f"module 'mupx.search' has no attribute {name!r}")

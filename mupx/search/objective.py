@@ -1,0 +1,155 @@
+"""How a trial is judged: hyperparameters in, an :class:`Outcome` out; training is one way of doing it.
+
+Divergence is a value. A diverged trial is told as *complete* with min(loss, loss of the untrained
+model): told as failed it would vanish from the sampler's sight, and the sampler would keep asking for
+more like it; told as a huge number it would flatten everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mupx.config import Experiment, Hyperparameters
+from mupx.layers import Parameter
+from mupx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from mupx.datasets.base import Dataset
+
+Report = Callable[[int, int, float], bool]  # (step, total steps, value) -> True asks to stop
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found.
+
+    Attributes:
+        outcome: ``finished``, ``diverged`` (the value is then ignored) or ``pruned``.
+        value: The objective, lower is better.
+        untrained: The objective before the first step, where it is known.
+        attributes: What else is kept with the trial: losses, steps. Numbers must be finite.
+    """
+
+    outcome: Literal["finished", "diverged", "pruned"]
+    value: float
+    untrained: float | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evaluation(Protocol):
+    """Judges one set of hyperparameters; a ``report`` that returns True asks it to stop."""
+
+    def __call__(self, hyperparameters: Hyperparameters, report: Report) -> Outcome:
+        """Evaluate; raise only for what is a bug or a lack of memory, never for divergence."""
+        ...
+
+
+def told_value(outcome: Outcome, finished: Iterable[FrozenTrial]) -> float:
+    """Return the finite number the sampler sees: min(loss, loss of the untrained model).
+
+    The loss of a diverged trial counts as infinite, also when it was low before it blew up. As init
+    and output scale can be searched, the untrained loss differs between trials; the smallest one so
+    far is taken, lest a trial that starts from a huge loss set a huge penalty. Where no untrained
+    loss is known (a foreign objective), the worst finite value so far stands in.
+
+    Raises:
+        ValueError: The first trial of a foreign objective is not finite.
+    """
+    trials = list(finished)
+    own = [] if outcome.untrained is None else [outcome.untrained]
+    earlier: list[float] = [t.user_attrs["untrained"] for t in trials if "untrained" in t.user_attrs]
+    ceilings: list[float] = [x for x in own + earlier if math.isfinite(x)]
+    loss = outcome.value if outcome.outcome != "diverged" else math.inf
+    if ceilings:
+        return min(ceilings) if math.isnan(loss) else min(loss, *ceilings)
+    if math.isfinite(loss):
+        return loss
+    values = [t.value for t in trials if t.value is not None]
+    if not values:
+        raise ValueError(
+            "the objective was not finite before any finite value was known; pass untrained=, "
+            "the value of an untrained model"
+        )
+    return max(values)
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Trains the experiment's proxy; the data is loaded once and its test split left out.
+
+    Args:
+        experiment: What to train, at ``scaling.width``.
+        data: The data of every trial.
+        parameters: Description of the model, made once.
+        reports: How often a trial reports its objective.
+    """
+
+    experiment: Experiment
+    data: Dataset
+    parameters: tuple[Parameter, ...]
+    reports: int
+
+    def __call__(self, hyperparameters: Hyperparameters, report: Report) -> Outcome:
+        """Train once and return the objective of ``search.objective`` with both losses beside it."""
+        from mupx import training
+
+        changes = {f"hyperparameters.{k}": v for k, v in hyperparameters.model_dump().items()}
+        experiment = self.experiment.updated(changes)
+        result = training.train(
+            experiment,
+            data=self.data,
+            recipe=Recipe(experiment, self.parameters),
+            report=report,
+            reports=self.reports,
+        )
+        if result.outcome == "interrupted":
+            raise KeyboardInterrupt
+        losses = {"train": result.train_loss}
+        if result.validation is not None:
+            losses["validation"] = result.validation.loss
+        objective = self.experiment.search.objective
+        attributes = {f"{name}_loss": loss for name, loss in losses.items() if math.isfinite(loss)}
+        if result.validation is not None and result.validation.accuracy is not None:
+            attributes["validation_accuracy"] = result.validation.accuracy
+        return Outcome(
+            _outcome(result.outcome),
+            losses.get(objective, math.inf),
+            result.untrained.get(objective),
+            {**attributes, "steps": result.steps},
+        )
+
+
+def _outcome(name: str) -> Literal["finished", "diverged", "pruned"]:
+    if name == "diverged":
+        return "diverged"
+    return "pruned" if name == "pruned" else "finished"
+
+
+def without_test(data: Dataset) -> Dataset:
+    """Return the data with an empty test split: a search cannot use what it does not hold."""
+    empty = replace(data.test, inputs=data.test.inputs[:0], targets=data.test.targets[:0])
+    return replace(data, test=empty)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Calls somebody else's training loop, which returns a loss or is not finite when it diverged.
+
+    Args:
+        function: Hyperparameters → loss.
+        untrained: Loss of an untrained model, told for diverged trials.
+    """
+
+    function: Callable[[Hyperparameters], float]
+    untrained: float | None = None
+
+    def __call__(self, hyperparameters: Hyperparameters, report: Report) -> Outcome:
+        """Call the function; it reports nothing on the way, so it is never pruned."""
+        loss = float(self.function(hyperparameters))
+        outcome: Literal["finished", "diverged"] = "finished" if math.isfinite(loss) else "diverged"
+        return Outcome(outcome, loss, self.untrained)

@@ -1,0 +1,227 @@
+"""What is searched, in which order, and when a trial is cut short.
+
+The sampler is made anew for every trial and seeded from (search seed, number of finished trials,
+number of failed ones): Optuna stores neither sampler nor seed, so this is what makes a search that
+was killed and resumed propose the same trials as one that was not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
+
+from mupx.config import Experiment, Range
+from mupx.errors import UsageError, unknown_name
+from mupx.optim import OPTIMIZERS
+from mupx.scaling import find_rule
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+REPORTS = 12  # reports per trial: each costs a few milliseconds of database
+STARTUP = 10  # quasi-random trials before a model is fitted (TPE and GP)
+PRUNE_AFTER = 10  # complete trials before the first one may be pruned
+Box = Mapping[str, Range]
+
+# (optimizer, damping rule) → default ranges at the base width: three octaves or more to either side of
+# the optimum that benchmarks/transfer.py finds at width 64.
+DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]]] = {
+    ("sgd", None): {"lr": (2**-5, 2**3)},
+    ("adamw", None): {"lr": (2**-10, 2**-3)},
+    ("kfac", "absolute"): {"lr": (2**-6, 1.0), "damping": (2**-6, 2.0)},
+    ("kfac", "trace"): {"lr": (2**-8, 2**-1), "damping": (2**-11, 2**-4)},
+    ("kfac", "pi"): {"lr": (2**-6, 1.0), "damping": (2**-10, 2**-2)},
+    ("kfac", "exact"): {"lr": (2**-6, 1.0), "damping": (2**-10, 2**-2)},
+    ("shampoo", "relative"): {"lr": (2**-7, 2**-1), "damping": (2**-16, 2**-5)},
+    ("shampoo", "absolute"): {"lr": (2**-7, 2**-1), "damping": (2**-24, 2**-8)},
+}
+# Ranges around the base model's own values; the last column says whether the scale is logarithmic.
+ROLE_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "lr_mult_input": (0.125, 8.0, True),
+    "lr_mult_hidden": (0.125, 8.0, True),
+    "lr_mult_output": (0.125, 8.0, True),
+    "init_mult_input": (0.25, 4.0, True),
+    "init_mult_hidden": (0.25, 4.0, True),
+    "init_mult_output": (0.25, 4.0, True),
+    "output_scale": (0.25, 16.0, True),
+    # Beyond 0.98 the average is longer than a proxy run's tail; below it a linear scale resolves enough.
+    "momentum": (0.0, 0.98, False),
+}
+
+
+def default_space(optimizer: str, damping_rule: str | None = None) -> dict[str, Range]:
+    """Return the ranges searched when none are given.
+
+    Args:
+        optimizer: Name of the optimizer.
+        damping_rule: Its damping rule; None takes the optimizer's default one.
+
+    Raises:
+        UsageError: No default is known for the optimizer.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", optimizer, OPTIMIZERS)
+    key = (optimizer, damping_rule or find_rule(optimizer).default_damping)
+    if key not in DEFAULT_SPACES:
+        raise UsageError(f"{optimizer} with {key[1]} damping has no default ranges; give --lr low:high")
+    return {name: Range(low=low, high=high) for name, (low, high) in DEFAULT_SPACES[key].items()}
+
+
+def role_space(experiment: Experiment) -> dict[str, Range]:
+    """Return ranges for what transfers besides lr and damping: role multipliers, output scale, momentum.
+
+    A range is moved so that the experiment's own value stays inside; AdamW, whose momentum is
+    ``optimizer.betas``, has no momentum range.
+    """
+    hyper = experiment.hyperparameters
+    adam = experiment.optimizer.name == "adamw"
+    return {
+        name: Range(low=min(low, getattr(hyper, name)), high=max(high, getattr(hyper, name)), log=log)
+        for name, (low, high, log) in ROLE_RANGES.items()
+        if not (adam and name == "momentum")
+    }
+
+
+def distributions(space: Box) -> dict[str, FloatDistribution]:
+    """Return Optuna's form of a search space, in a fixed order."""
+    return {
+        name: FloatDistribution(interval.low, interval.high, log=interval.log)
+        for name, interval in sorted(space.items())
+    }
+
+
+def unit(name: str, value: float, space: Box) -> float:
+    """Return the position of a value in its range, 0 at the low end and 1 at the high end."""
+    interval = space[name]
+    scale = np.log if interval.log else float
+    low, high = scale(interval.low), scale(interval.high)
+    return float((scale(value) - low) / (high - low))
+
+
+def from_unit(name: str, position: float, space: Box) -> float:
+    """Return the value at a position of a range; inverse of :func:`unit`, held inside the range."""
+    interval = space[name]
+    if interval.log:
+        value = interval.low * (interval.high / interval.low) ** position
+    else:
+        value = interval.low + (interval.high - interval.low) * position
+    return float(min(max(value, interval.low), interval.high))
+
+
+def trial_seed(seed: int, finished: int, failed: int) -> int:
+    """Return the seed of the next trial; a failed trial's slot gets another one."""
+    return int(np.random.SeedSequence((seed, finished, failed)).generate_state(1)[0])
+
+
+def sampler(name: str, space: Box, seed: int, finished: int, failed: int) -> BaseSampler:
+    """Make the sampler of the next trial.
+
+    Args:
+        name: tpe, random, qmc or gp.
+        space: The search space.
+        seed: Seed of the whole search.
+        finished: Number of finished trials.
+        failed: Number of trials that raised.
+    """
+    own = trial_seed(seed, finished, failed)
+    if name == "qmc" or (name in ("tpe", "gp") and finished < STARTUP):
+        return SobolSampler(space, seed, finished + failed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if name == "tpe":
+            # One process asks and tells in turn: there is no running trial to lie about.
+            return TPESampler(seed=own, multivariate=True, constant_liar=False, n_startup_trials=STARTUP)
+        if name == "gp":
+            return GPSampler(seed=own, n_startup_trials=STARTUP)
+    return RandomSampler(seed=own)
+
+
+class SobolSampler(BaseSampler):
+    """Point ``index`` of one scrambled Sobol' sequence in the unit box of the space.
+
+    Optuna's own QMCSampler counts its points in the storage, so that a killed trial skips one.
+    """
+
+    def __init__(self, space: Box, seed: int, index: int) -> None:
+        self._space = dict(sorted(space.items()))
+        self._seed = seed
+        self._index = index
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the whole space, from the first trial on."""
+        return dict(distributions(self._space))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return all parameters of the trial."""
+        point = sobol_point(len(self._space), self._seed, self._index)
+        return {name: from_unit(name, x, self._space) for name, x in zip(self._space, point, strict=True)}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Refuse: every parameter is part of the point."""
+        raise UsageError(f"{param_name} is not in the search space ({', '.join(self._space)})")
+
+
+def sobol_point(dimensions: int, seed: int, index: int) -> Sequence[float]:
+    """Return point ``index`` (from 0) of a scrambled Sobol' sequence, ``[dimensions]`` in [0, 1)."""
+    import torch
+
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)
+    points = engine.draw(index + 1, dtype=torch.float64)
+    return [float(x) for x in points[index]]
+
+
+def earliest_pruning(total_steps: int) -> int:
+    """Return the first step at which a trial may be pruned: a third of the way."""
+    return -(-total_steps // 3)
+
+
+def pruner(name: str, total_steps: int) -> BasePruner:
+    """Make the pruner: ``none``, or ``median`` with two guards.
+
+    A trial is stopped when its best value so far is worse than the median of the complete trials at
+    the same step, from a third of the steps on, and once ten trials have run to that step. Replayed
+    on real curves of narrow networks in 100 random orders (the test does it), the eventual winner was
+    kept in all of them and 27 % of the reports were saved; without the guards it was kept in 9 of 100
+    on the validation loss and in 29 on the training loss.
+    """
+    if name == "none":
+        return NopPruner()
+    return MedianPruner(
+        n_startup_trials=PRUNE_AFTER,
+        n_warmup_steps=earliest_pruning(total_steps),
+        n_min_trials=PRUNE_AFTER,
+    )
+
+
+def require_sampler(name: str) -> None:
+    """Check that what a sampler needs is installed.
+
+    Raises:
+        UsageError: gp without scipy.
+    """
+    if name == "gp" and find_spec("scipy") is None:
+        raise UsageError(
+            "sampler 'gp' needs scipy, which is not installed; run `pip install mupx[gp]`, "
+            "or use tpe, random or qmc"
+        )
+
+
+def suggest(trial: optuna.Trial, space: Box) -> dict[str, float]:
+    """Draw all parameters of a trial."""
+    return {
+        name: trial.suggest_float(name, d.low, d.high, log=d.log) for name, d in distributions(space).items()
+    }

@@ -1,0 +1,126 @@
+"""The pruner on real curves: 36 narrow networks, replayed in many random orders."""
+
+import random
+
+import optuna
+import pytest
+import torch
+
+from mupx import training
+from mupx.config import Experiment
+from mupx.search import sampling
+
+ORDERS = 100
+STEPS = 60
+
+
+def curves_of(objective):
+    torch.set_num_threads(1)
+    experiment = Experiment().updated(
+        {
+            "optimizer.name": "sgd",
+            "scaling.width": 16,
+            "scaling.base_width": 16,
+            "train.steps": STEPS,
+            "search.objective": objective,
+        }
+    )
+    data = training.load_data(experiment)
+    roles = sampling.role_space(experiment)
+    space = sampling.default_space("sgd") | {n: r for n, r in roles.items() if "mult" in n}
+    return [one_curve(experiment, data, space, index) for index in range(36)]
+
+
+def one_curve(experiment, data, space, index):
+    point = sampling.sobol_point(len(space), 7, index)
+    values = {n: sampling.from_unit(n, x, space) for n, x in zip(sorted(space), point, strict=True)}
+    curve = {}
+
+    def report(step, total, value):
+        curve[step] = value
+        return False
+
+    changes = {f"hyperparameters.{name}": value for name, value in values.items()}
+    result = training.train(experiment.updated(changes), data=data, report=report, reports=sampling.REPORTS)
+    objective = experiment.search.objective
+    if result.outcome == "diverged":
+        return curve, result.untrained[objective]
+    return curve, result.train_loss if objective == "train" else result.validation.loss
+
+
+@pytest.fixture(scope="module", params=["validation", "train"])
+def curves(request):
+    return curves_of(request.param)
+
+
+def replay(curves, order, pruner):
+    """Run the curves through a study; return the indices that were not pruned and the steps' share."""
+    study = optuna.create_study(pruner=pruner)
+    kept, reports = [], 0
+    for index in order:
+        curve, final = curves[index]
+        trial = study.ask()
+        pruned = False
+        for step, value in curve.items():
+            trial.report(value, step)
+            reports += 1
+            if trial.should_prune():
+                pruned = True
+                break
+        if pruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, final)
+            kept.append(index)
+    return kept, reports / sum(len(curve) for curve, _ in curves)
+
+
+def winner_kept(curves, make_pruner):
+    winner = min(range(len(curves)), key=lambda i: curves[i][1])
+    kept, shares = [], []
+    for seed in range(ORDERS):
+        order = random.Random(seed).sample(range(len(curves)), len(curves))
+        survivors, share = replay(curves, order, make_pruner())
+        kept.append(winner in survivors)
+        shares.append(share)
+    return sum(kept) / ORDERS, sum(shares) / ORDERS
+
+
+def test_the_pruner_keeps_the_winner_and_saves_steps(curves):
+    kept, share = winner_kept(curves, lambda: sampling.pruner("median", STEPS))
+    assert kept >= 0.95
+    assert share <= 0.9
+
+
+def test_the_same_median_without_its_guards_loses_the_winner(curves):
+    kept, share = winner_kept(curves, lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
+    assert kept < 0.95
+    assert share < 0.5
+
+
+def test_nothing_is_pruned_before_a_third_of_the_steps_or_among_the_first_trials():
+    curves = [({step: float(i) for step in range(1, 13)}, float(i)) for i in range(30)]  # ever worse
+    study = optuna.create_study(pruner=sampling.pruner("median", 12))
+    stopped = []
+    for curve, final in curves:
+        trial = study.ask()
+        for step, value in curve.items():
+            trial.report(value, step)
+            if trial.should_prune():
+                stopped.append((trial.number, step))
+                break
+        if stopped and stopped[-1][0] == trial.number:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, final)
+    assert stopped[0] == (sampling.PRUNE_AFTER, 4)
+    assert {step for _, step in stopped} == {4}
+
+
+def test_no_pruner_never_prunes():
+    study = optuna.create_study(pruner=sampling.pruner("none", 12))
+    for value in (0.0, 100.0) * 15:
+        trial = study.ask()
+        trial.report(value, 12)
+        assert not trial.should_prune()
+        study.tell(trial, value)
