@@ -1,0 +1,157 @@
+"""What the terminal sees: the result on stdout, progress and warnings on stderr.
+
+``--json`` prints exactly one document. Bars are drawn only when stderr is a terminal, otherwise one
+plain line per event; rich leaves colours out where stdout is no terminal or ``NO_COLOR`` is set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = "mupx/1"
+PIPE_WIDTH = 120  # columns where there is no terminal to ask
+NONE = "–"
+Advance = Callable[[int, int, str], None]  # (done, total, one line about it)
+
+
+def out() -> Console:
+    """Return the console of results."""
+    from rich.console import Console
+
+    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(file=sys.stdout, width=None if fixed else PIPE_WIDTH, highlight=False)
+
+
+def say(text: str = "") -> None:
+    """Print a line of the result; long lines are never broken, so they can be copied."""
+    print(text, file=sys.stdout)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """Print a remark that is no warning."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one document ``{"schema": "mupx/1", …}``; a number that is not finite becomes null."""
+    print(json.dumps({"schema": SCHEMA, **finite(document)}, indent=2, ensure_ascii=False), file=sys.stdout)
+
+
+def finite(value: Any) -> Any:
+    """Return a value with JSON's own types only and null in place of NaN and infinities.
+
+    >>> finite({"loss": float("inf"), "shape": (64, 196)})
+    {'loss': None, 'shape': [64, 196]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number briefly.
+
+    >>> number(0.0009765625), number(None), number(16.0)
+    ('0.000977', '–', '16')
+    """
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def parameters(values: Mapping[str, float]) -> str:
+    """Write hyperparameters as ``lr=0.1  damping=0.01``, lr first."""
+    names = sorted(values, key=lambda name: (name != "lr", name != "damping", name))
+    return "  ".join(f"{name}={values[name]:.4g}" for name in names)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Print a table; the first ``left`` columns are text, the rest numbers, nothing is cut off.
+
+    An underscore in a column's name may become a line break: narrow columns keep to 80 characters.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for index, name in enumerate(columns):
+        head = Text(name.replace("_", "\n") if len(name) > 7 else name)
+        table.add_column(
+            head,
+            justify="left" if index < left else "right",
+            overflow="fold",
+            no_wrap=index > 0,
+            vertical="bottom",
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out().print(table)
+
+
+@contextmanager
+def progress(unit: str, lines: int | None = None) -> Iterator[Advance]:
+    """Show how far something is: a bar on a terminal, else plain lines.
+
+    Args:
+        unit: What is counted, in the plural.
+        lines: Without a terminal, about how many lines to print in all; None prints every event.
+    """
+    if sys.stderr.isatty():
+        with _bar(unit) as advance:
+            yield advance
+    else:
+        yield _lines(unit, lines)
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        BarColumn(bar_width=20),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield advance
+
+
+def _lines(unit: str, lines: int | None) -> Advance:
+    last = 0
+
+    def advance(done: int, total: int, text: str) -> None:
+        nonlocal last
+        part = done if lines is None else done * lines // max(total, 1)
+        if lines is None or part > last:
+            last = part
+            print(f"{done}/{total} {unit}  {text}", file=sys.stderr, flush=True)
+
+    return advance

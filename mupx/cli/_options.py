@@ -1,0 +1,248 @@
+"""The flags verbs share, and the experiment they add up to.
+
+Precedence: flags > ``--set a.b=c`` > ``MUPX_A__B`` > CONFIG file > defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mupx import config
+from mupx.config import Experiment
+from mupx.datasets import DATASETS
+from mupx.errors import UsageError, unknown_name
+from mupx.models import MODELS
+from mupx.optim import OPTIMIZERS
+from mupx.scaling import PARAMETRIZATIONS, find_parametrization, find_rule
+
+WHAT, HOW, WHERE = "What is trained", "How it is searched", "Where and how to run"
+Document = dict[str, Any]
+
+
+def flag(*names: str, panel: str, help: str, **more: Any) -> Any:
+    """Return a Typer option of one of the help's panels."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+
+
+def known(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return the names a flag takes, for its help."""
+    return ", ".join(names)
+
+
+Json = Annotated[bool, flag("--json", panel=WHERE, help="Print one JSON document instead of text.")]
+Set = Annotated[
+    list[str] | None,
+    flag("--set", panel=WHERE, metavar="KEY=VALUE", help="Any key of the configuration; repeatable."),
+]
+RunDir = Annotated[Path | None, flag("--run-dir", panel=WHERE, help="Run folder.")]
+Fresh = Annotated[bool, flag("--fresh", panel=WHERE, help="Move an existing run folder aside.")]
+Threads = Annotated[int | None, flag("--threads", panel=WHERE, min=1, help="CPU threads.")]
+Seed = Annotated[int | None, flag("--seed", panel=WHERE, min=0, help="Seed.")]
+Storage = Annotated[
+    str | None,
+    flag(
+        "--storage",
+        panel=WHERE,
+        envvar="MUPX_SEARCH__STORAGE",
+        help="URL of the study's storage; a file in the run folder when left out.",
+    ),
+]
+Model = Annotated[str | None, flag("--model", panel=WHAT, help=f"One of: {known(MODELS)}.")]
+Data = Annotated[str | None, flag("--data", panel=WHAT, help=f"One of: {known(DATASETS)}.")]
+DataDir = Annotated[str | None, flag("--data-dir", panel=WHAT, help="Folder that holds the data.")]
+Optimizer = Annotated[str | None, flag("--optimizer", panel=WHAT, help=f"One of: {known(OPTIMIZERS)}.")]
+DampingRule = Annotated[
+    str | None, flag("--damping-rule", panel=WHAT, help="What the damping is relative to: see `mupx rules`.")
+]
+Parametrization = Annotated[
+    str | None, flag("--parametrization", panel=WHAT, help=f"One of: {known(PARAMETRIZATIONS)}.")
+]
+BatchSize = Annotated[int | None, flag("--batch-size", panel=WHAT, min=1, help="Examples per step.")]
+Epochs = Annotated[float | None, flag("--epochs", panel=WHAT, help="Passes over the training data.")]
+Steps = Annotated[int | None, flag("--steps", panel=WHAT, min=1, help="Steps, instead of epochs.")]
+
+# Flag → dotted keys. A flag left out is None and says nothing.
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "model": ("model.name",),
+    "data": ("data.name",),
+    "data_dir": ("data.dir",),
+    "optimizer": ("optimizer.name",),
+    "damping_rule": ("optimizer.damping_rule",),
+    "parametrization": ("scaling.parametrization",),
+    "batch_size": ("train.batch_size",),
+    "epochs": ("train.epochs",),
+    "steps": ("train.steps",),
+    "threads": ("train.threads",),
+    "device": ("train.device",),
+    "trials": ("search.trials",),
+    "objective": ("search.objective",),
+    "sampler": ("search.sampler",),
+    "pruner": ("search.pruner",),
+    "storage": ("search.storage",),
+    "seed": ("train.seed", "search.seed"),
+    "base_width": ("scaling.base_width",),
+    "width": ("scaling.width",),
+}
+RANGES = ("lr", "damping", "momentum", "weight_decay")  # flags that take a value or a range
+LINEAR = ("momentum",)  # searched on a linear scale
+
+
+def flag_changes(flags: Mapping[str, Any]) -> Document:
+    """Return the dotted keys that the flags given on the command line set."""
+    changes: Document = {}
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if name in RANGES:
+            changes |= range_changes(name, value)
+        else:
+            changes |= dict.fromkeys(KEYS.get(name, ()), value)
+    return changes
+
+
+def range_changes(name: str, text: str) -> Document:
+    """Return the key that ``--lr 0.03`` (fixed) or ``--lr 1e-3:1`` (searched) sets.
+
+    >>> range_changes("lr", "0.03")
+    {'hyperparameters.lr': 0.03}
+    """
+    option = f"--{name.replace('_', '-')}"
+    if name in LINEAR and text.count(":") == 1:
+        low, high = (config.parse_range(option, part) for part in text.split(":"))
+        return {f"search.space.{name}": {"low": low, "high": high, "log": False}}
+    value = config.parse_range(option, text)
+    if isinstance(value, float):
+        return {f"hyperparameters.{name}": value}
+    return {f"search.space.{name}": value.model_dump()}
+
+
+def sources(path: Path | None, items: Sequence[str] | None, flags: Mapping[str, Any]) -> list[Document]:
+    """Return file, environment, ``--set`` and flags as nested documents, the weakest first."""
+    file = {} if path is None else config.read_toml(path)
+    stated = (config.environment_changes(), config.assignments(items or ()), flag_changes(flags))
+    return [file, *(config.merge({}, changes) for changes in stated)]
+
+
+def fixed_experiment(documents: Sequence[Document]) -> Experiment:
+    """Return the experiment of a run without a search.
+
+    Raises:
+        UsageError: An unknown key or name, a value out of range, or a range where a value is needed.
+    """
+    document = combined(documents)
+    ranges = document.get("search", {}).pop("space", {})
+    if ranges:
+        raise UsageError(f"{next(iter(ranges))} is a range, which only `mupx tune` searches; give one value")
+    experiment = config.parse(document)
+    check_names(experiment)
+    return experiment
+
+
+def searched_experiment(documents: Sequence[Document], roles: bool) -> Experiment:
+    """Return the experiment of a search, with its space filled in and its width the base width.
+
+    The optimizer's default ranges apply unless the file has ranges of its own; a range replaces the one
+    before it, a fixed value removes it.
+
+    Args:
+        documents: What :func:`sources` returned.
+        roles: Also search what else transfers: multipliers per role, output scale, momentum.
+
+    Raises:
+        UsageError: An unknown key or name, a value out of range, or nothing left to search.
+    """
+    document = combined(documents)
+    scaling = document.get("scaling")
+    if isinstance(scaling, dict) and "width" in scaling:
+        scaling["base_width"] = scaling.get("base_width", scaling["width"])
+    search = document.get("search", {})
+    if isinstance(search, dict):
+        search.pop("space", None)
+    plain = config.parse(document)
+    check_names(plain)
+    space = _space(documents, _default_space(documents[0], plain, roles))
+    if not space:
+        raise UsageError(
+            "every hyperparameter has a fixed value; give a range to search, such as --lr 1e-3:1"
+        )
+    return config.parse(
+        config.merge(document, {"search.space": space, "scaling.width": plain.scaling.base_width})
+    )
+
+
+def combined(documents: Sequence[Document]) -> Document:
+    """Return the documents laid over each other; a later value replaces an earlier one."""
+    result: Document = {}
+    for document in documents:
+        result = config.merge(result, dict(_leaves(document)))
+    return result
+
+
+def wants_roles(preset: str | None) -> bool:
+    """Read ``--search``, whose only preset so far is ``roles``."""
+    if preset not in (None, "roles"):
+        raise unknown_name("search preset", preset, ("roles",))
+    return preset == "roles"
+
+
+def check_names(experiment: Experiment) -> None:
+    """Refuse an unknown model, data set, optimizer, damping rule or parametrization before loading torch.
+
+    Raises:
+        UsageError: The message has the nearest known name.
+    """
+    optimizer = experiment.optimizer
+    for registry, name in (
+        (MODELS, experiment.model.name),
+        (DATASETS, experiment.data.name),
+        (OPTIMIZERS, optimizer.name),
+    ):
+        if name not in registry:
+            raise unknown_name(registry.kind, name, registry)
+    find_parametrization(experiment.scaling.parametrization)
+    if optimizer.damping_rule is not None and find_rule(optimizer.name).damping:
+        find_rule(optimizer.name).damping_scale(optimizer.damping_rule)
+
+
+def require_positive(option: str, value: float) -> None:
+    """Refuse zero, a negative number, NaN and infinity."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{option} must be a positive finite number, got {value:g}; example: {option} 16")
+
+
+def run_name(experiment: Experiment) -> str:
+    """Return the default name of a search's run folder."""
+    e = experiment
+    return f"{e.model.name}-{e.data.name}-{e.optimizer.name}-w{e.scaling.width}"
+
+
+def _default_space(file: Document, experiment: Experiment, roles: bool) -> Document:
+    from mupx.search.sampling import default_space, role_space
+
+    own = "space" in file.get("search", {})
+    space = {} if own else default_space(experiment.optimizer.name, experiment.optimizer.damping_rule)
+    more = role_space(experiment) if roles else {}
+    return {name: interval.model_dump() for name, interval in {**more, **space}.items()}
+
+
+def _space(documents: Sequence[Document], space: Document) -> Document:
+    for document in documents:
+        stated = document.get("search", {}).get("space", {})
+        for name in document.get("hyperparameters", {}):
+            space.pop(name, None)
+        space = config.merge(space, dict(_leaves(stated)))
+    return space
+
+
+def _leaves(document: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    # Keys that contain dots (patterns in [roles]) cannot be written as dotted keys: their table stays whole.
+    leaves: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        whole = not isinstance(value, dict) or not value or any("." in name for name in value)
+        leaves += [(f"{prefix}{key}", value)] if whole else _leaves(value, f"{prefix}{key}.")
+    return leaves

@@ -1,0 +1,193 @@
+"""tune → transfer → train on real images, and what each verb prints."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import TUNE
+
+LAYER = ["name", "role", "optimizer", "shape", "r_in", "r_out", "init_std", "lr"]
+LAYER += ["damping_A", "damping_B", "eps", "weight_decay"]
+
+
+def test_the_whole_road(run, tuned, tmp_path):
+    wide = run("transfer", tuned, "--width", 16, "-o", "wide.toml", "--json").json
+    assert [list(layer) for layer in wide["layers"]] == [LAYER] * 6
+    hidden = next(layer for layer in wide["layers"] if layer["name"] == "hidden1.weight")
+    assert (hidden["role"], hidden["shape"], hidden["r_in"], hidden["r_out"]) == (
+        "hidden",
+        [16, 16],
+        2.0,
+        2.0,
+    )
+    trained = run("train", "wide.toml", "--run-dir", "wide", "--threads", 1, "--json").json
+    assert trained["outcome"] == "finished"
+    assert trained["steps"] == 10
+    assert 0 < trained["test"]["accuracy"] < 1
+    again = run("train", "wide.toml", "--run-dir", "wide", "--threads", 1, "--json").json
+    assert again == trained
+    assert run("status", "wide", "--json").json["outcome"] == "finished"
+
+
+def test_tune_prints_the_next_command_and_is_complete_the_second_time(run, tuned):
+    ended = run(*TUNE, "--run-dir", tuned, "--json")
+    assert ended.code == 0
+    assert {"run_dir", "study", "storage", "recipe", "best", "robust", "counts"} <= ended.json.keys()
+    assert ended.json["counts"]["total"] == 3
+    text = run(*TUNE, "--run-dir", tuned).out
+    assert f"mupx transfer {tuned} --width" in text
+
+
+def test_the_same_seed_and_command_give_the_same_trials(run, tuned):
+    assert run(*TUNE, "--run-dir", "again").code == 0
+    first, second = (run("report", folder, "--json").json["trials"] for folder in (tuned, "again"))
+    for trial in (*first, *second):
+        trial.pop("seconds")
+    assert first == second
+
+
+def test_transfer_finds_the_study_by_storage_and_trial(run, tuned):
+    study = run("status", tuned, "--json").json
+    best = run("transfer", tuned, "--width", 16, "-o", "a.toml", "--json").json["layers"]
+    named = f"{tuned}/study.db#{study['study']}"
+    assert run("transfer", named, "--width", 16, "-o", "b.toml", "--json").json["layers"] == best
+    number = study["best"]["trial"]
+    picked = run("transfer", tuned, "--width", 16, "--pick", number, "-o", "c.toml", "--json").json["layers"]
+    assert picked == best
+    assert run("transfer", "a.toml", "--width", 16, "-o", "d.toml", "--json").json["layers"] == best
+
+
+def test_transfer_takes_values_from_anywhere(run):
+    flags = [
+        "--model",
+        "mlp",
+        "--optimizer",
+        "kfac",
+        "--damping-rule",
+        "absolute",
+        "--lr",
+        ".03",
+        "--damping",
+        "1e-2",
+    ]
+    ended = run("transfer", *flags, "--base-width", 64, "--width", 1024, "-o", "w.toml", "--json")
+    rows = {layer["name"]: layer for layer in ended.json["layers"]}
+    assert rows["hidden1.weight"]["damping_A"] == pytest.approx(1e-2 * 16)
+    assert rows["hidden1.weight"]["damping_B"] == pytest.approx(1e-2 / 16)
+    assert rows["output.weight"]["init_std"] == pytest.approx((3 * 64) ** -0.5 / 16)
+
+
+def test_transfer_to_the_base_width_says_that_nothing_changes(run, tuned):
+    ended = run("transfer", tuned, "--width", 8, "-o", "same.toml")
+    assert ended.code == 0
+    assert "every multiplier is 1" in ended.err
+
+
+def test_explain_names_rule_source_and_what_does_not_transfer(run, tuned):
+    text = run("transfer", tuned, "--width", 16, "-o", "w.toml", "--explain").out
+    assert "Prop. 4.1" in text
+    assert "batch size" in text
+
+
+def test_overriding_what_does_not_transfer_warns_and_is_recorded(run, tuned, tmp_path):
+    run("transfer", tuned, "--width", 16, "-o", "wide.toml")
+    ended = run("train", "wide.toml", "--run-dir", "run", "--set", "train.batch_size=32", "--seed", 3)
+    assert ended.code == 0
+    assert "train.batch_size: 64 → 32: this does not transfer" in ended.err
+    assert "train.seed" not in ended.err
+    assert "train.batch_size: 64 → 32" in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_report_writes_table_and_figures(run, tuned, tmp_path):
+    ended = run("report", tuned, "--csv", "t.csv", "--parquet", "t.parquet", "--png", "figures", "--json")
+    assert len(ended.json["trials"]) == 3
+    assert (tmp_path / "t.csv").read_text().startswith("trial,state,value,damping,lr,")
+    import pandas as pd
+
+    assert len(pd.read_parquet(tmp_path / "t.parquet")) == 3
+    for name in ("map.png", "curves.png"):
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_prints_multipliers_per_role(run):
+    rows = {row["role"]: row for row in run("rules", "kfac", "--width-mult", 16, "--json").json["rows"]}
+    assert rows["hidden"]["damping_A"] == 16.0
+    assert rows["hidden"]["damping_B"] == 1 / 16
+    assert rows["output"]["init_std"] == 1 / 16
+    assert rows["input"]["damping_A"] == 1.0
+    narrower = run("rules", "sgd", "--width-mult", 0.25, "--json").json["rows"]
+    assert {row["role"]: row["lr"] for row in narrower} == {
+        "input": 0.25,
+        "hidden": 1,
+        "output": 4,
+        "vector": 0.25,
+    }
+    assert "kfac" in run("rules").out
+
+
+def test_a_search_of_roles_searches_them(run):
+    ended = run(*TUNE, "--search", "roles", "--run-dir", "roles", "--json")
+    assert {"lr_mult_input", "init_mult_output", "output_scale", "momentum"} <= ended.json["best"][
+        "params"
+    ].keys()
+
+
+def test_configuration_precedence(run, monkeypatch, tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nsteps = 3\nbatch_size = 16\nseed = 1\n[search]\ntrials = 1\n")
+    monkeypatch.setenv("MUPX_TRAIN__STEPS", "4")
+    base = ["tune", "c.toml", "--optimizer", "sgd", "--width", "8", "--lr", "0.1:1", "--run-dir", "r"]
+    ended = run(*base, "--set", "train.steps=5", "--batch-size", 8, "--json")
+    assert ended.code == 0, ended.err
+    from mupx.recipe import read
+
+    train = read(tmp_path / "r" / "recipe.toml").experiment.train
+    assert (train.steps, train.batch_size, train.seed) == (5, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["rules", "kfac"], ["status", "--help"], ["tune", "--help"]]
+)
+def test_light_verbs_never_import_torch(arguments):
+    script = (
+        "import sys, runpy; sys.argv = ['mupx', *sys.argv[1:]]\n"
+        "try: runpy.run_module('mupx', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'pandas', 'matplotlib', 'optuna'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("verb", ["tune", "transfer", "train", "rules", "status", "report"])
+def test_every_verb_has_help_with_one_example(run, verb):
+    ended = run(verb, "--help")
+    assert ended.code == 0
+    assert ended.out.count("Example: mupx") == 1
+    assert "--json" in ended.out
+
+
+def test_a_process_stopped_by_sigterm_exits_with_143(tmp_path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "mupx", *TUNE, "--trials", "500", "--run-dir", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "study.db").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+
+
+def test_fresh_moves_the_old_folder_aside(run, tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "run")
+    assert run(*TUNE, "--run-dir", "run", "--fresh").code == 0
+    assert (tmp_path / "run.old-1" / "study.db").exists()
