@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mupx.datasets.base import Dataset, Raw, assemble, split_off_validation
-from mupx.datasets.download import download
+from mupx.datasets.download import fetch
 from mupx.datasets.files import REPLACE, cache_folder, locate, read, require_md5
 from mupx.errors import MismatchError
 
@@ -42,7 +42,7 @@ def load(directory: Path | None = None) -> Dataset:
     folder = locate("cifar10", directory, missing)
     if folder is None:
         folder = cache_folder("cifar10")
-        download({ARCHIVE: ARCHIVE_MD5}, BASE_URL, folder)
+        fetch({ARCHIVE: ARCHIVE_MD5}, BASE_URL, folder)
     batches = {path.name: parse_batch(content, path) for path, content in _contents(folder).items()}
     parts = zip(*(batches[name] for name in TRAIN_FILES), strict=True)
     official = Raw(*(np.concatenate(part) for part in parts))

@@ -22,7 +22,7 @@ CHUNK = 1 << 18
 TIMEOUT = 30.0  # seconds without a byte
 
 
-def download(files: Mapping[str, str], base_url: str, folder: Path) -> None:
+def fetch(files: Mapping[str, str], base_url: str, folder: Path) -> None:
     """Fetch the files that ``folder`` lacks.
 
     Args:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mupx.datasets.base import Bytes, Raw, split_off_validation
-from mupx.datasets.download import download
+from mupx.datasets.download import fetch
 from mupx.datasets.files import (
     REPLACE,
     absent,
@@ -78,7 +78,7 @@ def read_official(source: IdxSource, directory: Path | None = None) -> tuple[Raw
     folder = locate(source.name, directory, lambda place: absent(place, names))
     if folder is None:
         folder = cache_folder(source.name)
-        download({file.name: file.md5 for file in source.files}, source.base_url, folder)
+        fetch({file.name: file.md5 for file in source.files}, source.base_url, folder)
     train_images, train_labels, test_images, test_labels = source.files
     return (
         _read_pair(source, folder, train_images, train_labels, source.train_size),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mupx.datasets.download import download
+from mupx.datasets.download import fetch
 from mupx.datasets.idx import read_official
 from mupx.errors import MismatchError, NotFoundError, StorageError
 
@@ -62,21 +62,21 @@ def test_failure_says_which_files_go_where(toy: Toy, server: FileServer, places:
 def test_no_server(tmp_path: Path, server: FileServer) -> None:
     nobody = "http://127.0.0.1:1/"
     with pytest.raises(NotFoundError, match="Connection refused"):
-        download({"a.gz": "0" * 32}, nobody, tmp_path)
+        fetch({"a.gz": "0" * 32}, nobody, tmp_path)
 
 
 def test_unwritable_cache_is_a_storage_error(tmp_path: Path, server: FileServer) -> None:
     server.content = {"a.gz": b"x"}
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
-        download({"a.gz": md5(b"x")}, server.base_url, tmp_path / "file" / "folder")
+        fetch({"a.gz": md5(b"x")}, server.base_url, tmp_path / "file" / "folder")
 
 
 def test_failed_rename_cleans_up(tmp_path: Path, server: FileServer) -> None:
     server.content = {"a.gz": b"x"}
     (tmp_path / "a.gz").mkdir()
     with pytest.raises(StorageError):
-        download({"a.gz": md5(b"x")}, server.base_url, tmp_path)
+        fetch({"a.gz": md5(b"x")}, server.base_url, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gz"]
 
 
@@ -91,5 +91,5 @@ def test_progress_shows_on_a_terminal_only(
     stderr = Stderr()
     monkeypatch.setattr(sys, "stderr", stderr)
     server.content = {"a.gz": b"x" * 1000}
-    download({"a.gz": md5(b"x" * 1000)}, server.base_url, tmp_path)
+    fetch({"a.gz": md5(b"x" * 1000)}, server.base_url, tmp_path)
     assert ("a.gz" in stderr.getvalue()) == terminal
