@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from mupx.errors import UsageError
 from mupx.losses import Loss
 
 Layer = nn.Linear | nn.Conv2d
@@ -62,6 +63,14 @@ def output_rows(layer: nn.Module, delta: Tensor) -> Tensor:
     return delta.reshape(-1, delta.shape[-1])
 
 
+def row_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Return a loss's mask as ``[N, T]`` or ``[N, 1]`` where it speaks of these rows, else None."""
+    samples, positions = rows.shape[:2]
+    if mask is not None and mask.numel() == samples * positions:
+        return mask.reshape(samples, positions)
+    return mask.unsqueeze(1) if mask is not None and mask.shape == (samples,) else None
+
+
 def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     if isinstance(layer.padding, str):
         # torch keeps the resolved "same"/"valid" padding in F.pad order.
@@ -81,12 +90,12 @@ class FactorSums:
     output_count: Tensor | float = 0.0
 
     def add_inputs(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Add Σ h hᵀ over the rows ``[N, T, d_in]`` that ``mask`` ([N] or [N, T]) keeps."""
+        """Add Σ h hᵀ over the rows ``[N, T, d_in]`` that ``mask`` ([N, T] or [N, 1]) keeps."""
         flat = rows.flatten(0, 1)
         kept = flat
         count: Tensor | float = float(flat.shape[0])
         if mask is not None:
-            weights = mask.reshape(mask.shape[0], -1).to(rows.dtype).expand(rows.shape[:2]).reshape(-1, 1)
+            weights = mask.to(rows.dtype).expand(rows.shape[:2]).reshape(-1, 1)
             kept, count = flat * weights, weights.sum()
         product = flat.mT @ kept
         self.inputs = product if self.inputs is None else self.inputs + product
@@ -101,10 +110,10 @@ class FactorSums:
         """Return (A, B).
 
         Raises:
-            RuntimeError: The layer saw no forward or no backward pass.
+            UsageError: The layer saw no forward or no backward pass.
         """
         if self.inputs is None or self.outputs is None:
-            raise RuntimeError(
+            raise UsageError(
                 "no curvature captured: run the forward and the backward pass inside `with opt.curvature():`"
                 " (and call `opt.update_curvature(outputs)` for the Monte-Carlo and exact Fisher)"
             )
@@ -174,8 +183,7 @@ class EagerCapture:
         return record
 
     def _row_mask(self, rows: Tensor) -> Tensor | None:
-        mask = self._mask
-        return mask if mask is not None and mask.shape[0] == rows.shape[0] else None
+        return row_mask(self._mask, rows)
 
     def _add_delta(self, name: str, gradient: Tensor, scale: Tensor | float) -> None:
         layer = self._layers[name]
@@ -203,21 +211,32 @@ class EagerCapture:
                 self._add_delta(name, gradient, 1.0)
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What one functional pass yields: gradients by parameter, rows and δ by layer, loss, outputs."""
+class Captured(NamedTuple):
+    """What one functional pass yields; a tuple, so that ``vmap`` can return it.
+
+    Attributes:
+        gradients: By parameter name.
+        inputs: h by layer name, ``[..., N·T, d_in]``.
+        deltas: δ by layer name, ``[..., N·T, d_out]``.
+        weights: By layer name, ``[..., N·T]``: 1 for rows that count, 0 for ignored ones.
+        loss: ``[...]``.
+        outputs: ``[..., N, …, C]``.
+        terms: Number of terms the loss is a mean over, ``[...]``.
+    """
 
     gradients: dict[str, Tensor]
     inputs: dict[str, Tensor]
     deltas: dict[str, Tensor]
+    weights: dict[str, Tensor]
     loss: Tensor
     outputs: Tensor
+    terms: Tensor
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return (A, B) of one layer, with whatever leading dimensions the capture was mapped over."""
-        h, delta = self.inputs[name], self.deltas[name]
-        terms = self.outputs.shape[-2]
-        return h.mT @ h / h.shape[-2], delta.mT @ delta / terms
+        h, delta, weights = self.inputs[name], self.deltas[name], self.weights[name]
+        A = h.mT @ (h * weights.unsqueeze(-1)) / weights.sum(-1)[..., None, None]
+        return A, delta.mT @ delta / self.terms[..., None, None]
 
 
 def functional_gradients(
@@ -232,23 +251,29 @@ def functional_gradients(
 
     Args:
         model: The module, used for its structure only.
-        loss: A mean over terms; outputs ``[N, C]``.
+        loss: A mean over terms; outputs ``[N, …, C]``.
         parameters: Name → tensor; under ``vmap`` with a leading population dimension.
         inputs: One batch.
         targets: Its targets.
         probes: Layer name → zeros of the layer's output shape (see :func:`zero_probes`).
     """
     layers = {name: model.get_submodule(name) for name in probes}
-    terms = loss.normaliser(targets)
+    terms = torch.as_tensor(loss.normaliser(targets), device=inputs.device)
+    mask = loss.mask(targets)
 
     def forward(
         values: Mapping[str, Tensor], added: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+    ) -> tuple[Tensor, tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]:
         rows: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
 
         def probe(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-                rows[name] = input_rows(module, args[0]).flatten(0, 1)
+                h = input_rows(module, args[0])
+                kept = row_mask(mask, h)
+                ones = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device)
+                rows[name] = h.flatten(0, 1)
+                weights[name] = (ones if kept is None else ones * kept).flatten()
                 return output + added[name]
 
             return hook
@@ -259,13 +284,13 @@ def functional_gradients(
         finally:
             for handle in handles:
                 handle.remove()
-        return loss(outputs, targets), (rows, outputs)
+        return loss(outputs, targets), (rows, weights, outputs)
 
-    (gradients, deltas), (value, (rows, outputs)) = torch.func.grad_and_value(
+    (gradients, deltas), (value, (rows, weights, outputs)) = torch.func.grad_and_value(
         forward, argnums=(0, 1), has_aux=True
     )(parameters, probes)
     signals = {name: output_rows(layers[name], delta) * terms for name, delta in deltas.items()}
-    return Captured(gradients, rows, signals, value, outputs)
+    return Captured(gradients, rows, signals, weights, value, outputs, terms)
 
 
 def zero_probes(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ the table a user reads, and the table a recipe carries are this one object.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
-from mupx.scaling import LayerScale, Role, ScalingRule, find_parametrization, find_rule
+from mupx.scaling import ROLES, LayerScale, Role, ScalingRule, find_parametrization, find_rule
 
 Shape = tuple[int, ...]
 
@@ -91,32 +91,51 @@ class Layer:
     damping_B: float | None
     eps: float | None
     weight_decay: float
+    base_std: float = field(repr=False)  # not a column: what a draw of the base shape has by itself
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as a dictionary in table order."""
-        return {**asdict(self), "shape": list(self.shape)}
+        row = {**asdict(self), "shape": list(self.shape)}
+        del row["base_std"]
+        return row
 
 
-def derive(parameters: Iterable[Parameter], experiment: Experiment) -> list[Layer]:
+def derive(
+    parameters: Iterable[Parameter], experiment: Experiment, shapes: Mapping[str, Shape] | None = None
+) -> list[Layer]:
     """Derive the table of absolute per-layer values at ``experiment.scaling.width``.
 
     Args:
         parameters: Descriptions at base and twice the base width.
         experiment: Base values in ``hyperparameters``; widths and parametrization in ``scaling``.
+        shapes: Name → shape of the target model where it is at hand; None extrapolates, which needs
+            dimensions affine in width.
 
     Raises:
         UsageError: Unknown optimizer or damping rule.
-        MismatchError: A parameter has no whole shape at the target width.
+        MismatchError: A parameter has no whole shape at the target width, or is not in the target model.
     """
-    return [_row(parameter, experiment) for parameter in parameters]
+    if shapes is None:
+        base_width, width = experiment.scaling.base_width, experiment.scaling.width
+        return [_row(p, p.shape_at(base_width, width), experiment) for p in parameters]
+    return [_row(p, _own_shape(p, shapes), experiment) for p in parameters]
 
 
-def _row(parameter: Parameter, experiment: Experiment) -> Layer:
+def _own_shape(parameter: Parameter, shapes: Mapping[str, Shape]) -> Shape:
+    shape = shapes.get(parameter.name, ())
+    if len(shape) != len(parameter.shape):
+        raise MismatchError(
+            f"{parameter.name} has shape {shape or None} in the model but {parameter.shape} "
+            "at the base width; the model was built by another factory"
+        )
+    return shape
+
+
+def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
     scaling, optimizer, hyper = experiment.scaling, experiment.optimizer, experiment.hyperparameters
     main = find_rule(optimizer.name)
     rule = main if main.kinds is None or parameter.kind in main.kinds else find_rule(main.fallback)
     fallen = rule is not main
-    shape = parameter.shape_at(scaling.base_width, scaling.width)
     r_in, r_out = parameter.ratios(shape)
     main.damping_scale(optimizer.damping_rule)
     scale = find_parametrization(scaling.parametrization).scale(
@@ -143,6 +162,7 @@ def _row(parameter: Parameter, experiment: Experiment) -> Layer:
         damping_B=damping_B,
         eps=None if scale.eps is None else hyper.eps * scale.eps,
         weight_decay=hyper.weight_decay * scale.weight_decay,
+        base_std=parameter.std,
     )
 
 
@@ -188,8 +208,6 @@ def require_growth(parameters: Sequence[Parameter], base_width: int) -> None:
 
 def parse_role(name: str, role: str) -> Role:
     """Check a role given by a user for the parameter ``name``."""
-    from mupx.scaling import ROLES
-
     for known in ROLES:
         if role == known:
             return known

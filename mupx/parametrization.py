@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mupx import config
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
 from mupx.errors import MismatchError, UsageError, unknown_name
-from mupx.layers import Layer, Parameter, derive
+from mupx.layers import Layer, Parameter, Shape, derive
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
 from mupx.roles import Factory, describe, initial_std
@@ -37,9 +37,11 @@ def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
         MismatchError: The model's parameters are not those of the table.
     """
     _refuse_other_shapes(model, layers)
+    # A measured law has noise: at base width the draw is taken to have the base's own.
+    at_base = all(layer.r_in == layer.r_out == 1 for layer in layers)
     with torch.no_grad():
         for layer in layers:
-            own = initial_std(model, layer.name)
+            own = layer.base_std if at_base else initial_std(model, layer.name)
             if own and layer.init_std and layer.init_std != own:
                 model.get_parameter(layer.name).mul_(layer.init_std / own)
 
@@ -187,8 +189,9 @@ def parametrize(
             ``damping_rule``, … as in the configuration.
     """
     experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
-    layers = derive(describe(build, base_width, example=example), experiment)
+    parameters = describe(build, base_width, example=example)
     model = build(width)
+    layers = derive(parameters, experiment, _shapes(model))
     initialise(model, layers)
     return model, make_groups(model, layers, experiment)
 
@@ -209,11 +212,15 @@ def param_groups(
     """
     experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
     parameters: tuple[Parameter, ...] = describe(build, base_width, example=example)
-    return make_groups(model, derive(parameters, experiment), experiment)
+    return make_groups(model, derive(parameters, experiment, _shapes(model)), experiment)
+
+
+def _shapes(model: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def _refuse_other_shapes(model: nn.Module, layers: Sequence[Layer]) -> None:
-    actual = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    actual = _shapes(model)
     stated = {layer.name: layer.shape for layer in layers}
     for name in {**actual, **stated}:
         if actual.get(name) != stated.get(name):

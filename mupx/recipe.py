@@ -8,7 +8,7 @@ and refuses a file whose table and base values disagree by more than rel. 1e-12.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mupx import config
 from mupx.config import Experiment
 from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.files import write_atomically
-from mupx.layers import Layer, Parameter, derive
+from mupx.layers import Layer, Parameter, derive, parse_role
 
 SCHEMA = "mupx/1"
 TOLERANCE = 1e-12
@@ -106,20 +106,21 @@ def from_dict(document: Mapping[str, Any], origin: str) -> Recipe:
     try:
         experiment = config.parse(document["experiment"])
         parameters = tuple(_parameter(entry) for entry in document["parameters"])
-        stated = list(document["layers"])
-    except (KeyError, TypeError, ValueError) as error:
+        recipe = Recipe(experiment, parameters, dict(document.get("provenance", {})))
+        derived, stated = recipe.layers, [dict(row) for row in document["layers"]]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UsageError(f"{origin} is not a whole recipe: missing or malformed {error}") from None
-    recipe = Recipe(experiment, parameters, dict(document.get("provenance", {})))
-    _refuse_altered(recipe.layers, stated, origin)
+    _refuse_altered(derived, stated, origin)
     return recipe
 
 
 def _parameter(entry: Mapping[str, Any]) -> Parameter:
+    parse_role(str(entry["name"]), entry["role"])
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
     return Parameter(**fields)
 
 
-def _refuse_altered(derived: list[Layer], stated: list[Mapping[str, Any]], origin: str) -> None:
+def _refuse_altered(derived: list[Layer], stated: Sequence[Mapping[str, Any]], origin: str) -> None:
     rows = [_without_none(layer.as_dict()) for layer in derived]
     if [r["name"] for r in rows] != [s.get("name") for s in stated]:
         raise MismatchError(f"{origin}: the layer table does not list the recipe's parameters")
@@ -128,8 +129,8 @@ def _refuse_altered(derived: list[Layer], stated: list[Mapping[str, Any]], origi
             if not _agree(row.get(key), given.get(key)):
                 raise MismatchError(
                     f"{origin}: {key} of {row['name']} is {given.get(key)!r} in the table but the base "
-                    f"values give {row.get(key)!r}; edit [experiment.hyperparameters] and delete nothing "
-                    "else, or make the recipe again with `mupx transfer`"
+                    f"values give {row.get(key)!r}: one of the two was edited by hand; undo it, or make "
+                    "the recipe again with `mupx transfer` and the values you want"
                 )
 
 

@@ -24,6 +24,7 @@ Factory = Callable[[int], nn.Module]
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.RMSNorm)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BARE = ("matrix", "vector")  # parameters no known layer owns
 BUILD_SEED = 0
 
 
@@ -60,6 +61,7 @@ def describe(
         torch.manual_seed(BUILD_SEED)
         base = build(base_width)
         doubled = _shapes(build, 2 * base_width)
+        order = _call_order(base, example)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
     if shapes.keys() != doubled.keys():
         different = sorted(shapes.keys() ^ doubled.keys())
@@ -68,9 +70,15 @@ def describe(
             "the factory must build the same layers at every width"
         )
     _refuse_tied(base)
-    layouts = {name: _layout(owner, leaf, name) for name, owner, leaf in _owned(base)}
-    roles = _roles(shapes, doubled, layouts, _call_order(base, example))
-    roles |= _overridden(shapes, overrides or {})
+    chosen = _overridden(shapes, overrides or {})
+    layouts = {name: _layout(owner, leaf) for name, owner, leaf in _owned(base)}
+    layouts |= {
+        name: _bare_layout(layouts[name], role, _growing(shapes[name], doubled[name]), len(shapes[name]))
+        for name, role in chosen.items()
+        if layouts[name].kind in BARE
+    }
+    inferred = {name: layout for name, layout in layouts.items() if name not in chosen}
+    roles = _roles(shapes, doubled, inferred, order) | chosen
     parameters = tuple(
         Parameter(
             name=name,
@@ -91,22 +99,37 @@ def describe(
 def initial_std(model: nn.Module, name: str) -> float:
     """Return the std of a parameter's initial law.
 
-    For torch's default law of Linear and convolution layers, U(−1/√fan_in, 1/√fan_in), that is
-    1/√(3 fan_in); otherwise it is measured on the tensor; 0 for constants such as zeros and ones.
+    For torch's defaults — U(−1/√fan_in, 1/√fan_in), that is 1/√(3 fan_in), of Linear and convolutions,
+    N(0, 1) of embeddings — the law's; otherwise it is measured on the tensor; 0 for constants.
     """
     tensor = model.get_parameter(name).detach()
-    if tensor.numel() == 0 or bool((tensor == tensor.flatten()[0]).all()):
+    default = _default_law(model.get_submodule(name.rpartition(".")[0]))
+    if _constant(tensor, drawn=default is not None):
         return 0.0
     measured = float(tensor.double().square().mean().sqrt())
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(owner, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+    if default is None:
         return measured
-    # torch computes fan-in from axis 1 for every layer type, transposed convolutions included.
-    bound = 1 / math.sqrt(owner.weight[0].numel())
-    law = bound / math.sqrt(3)
-    # A relative 5-sigma band for the root mean square of a uniform sample of this size.
-    close = abs(measured / law - 1) < 5 * math.sqrt(0.2 / tensor.numel())
+    law, bound, spread = default
+    close = abs(measured / law - 1) < 5 * math.sqrt(spread / tensor.numel())
     return law if close and float(tensor.abs().max()) <= bound * (1 + 1e-6) else measured
+
+
+def _default_law(owner: nn.Module) -> tuple[float, float, float] | None:
+    """Return (std, bound, n × relative variance of the root mean square of n entries) of torch's default."""
+    if isinstance(owner, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+        # torch computes fan-in from axis 1 for every layer type, transposed convolutions included.
+        bound = 1 / math.sqrt(owner.weight[0].numel())
+        return bound / math.sqrt(3), bound, 0.2
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return 1.0, math.inf, 0.5
+    return None
+
+
+def _constant(tensor: Tensor, drawn: bool) -> bool:
+    if tensor.numel() == 1 and drawn:
+        # The bias of one output looks constant but is drawn all the same.
+        return float(tensor) in (0.0, 1.0)
+    return tensor.numel() == 0 or bool((tensor == tensor.flatten()[0]).all())
 
 
 def _shapes(build: Factory, width: int) -> dict[str, Shape]:
@@ -127,7 +150,24 @@ def _owned(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return result
 
 
-def _layout(owner: nn.Module, leaf: str, name: str) -> Layout:
+def _growing(base: Shape, doubled: Shape) -> set[int]:
+    return {i for i, (a, b) in enumerate(zip(base, doubled, strict=True)) if a != b}
+
+
+def _bare_layout(layout: Layout, role: Role, growing: set[int], axes: int) -> Layout:
+    """Tell fan-in from fan-out of a bare parameter by the role the user gave it."""
+    fixed = tuple(sorted({*range(axes)} - growing))
+    grown = tuple(sorted(growing))
+    if role == "vector":
+        return Layout(layout.kind, (), grown)
+    if role == "input":
+        return Layout(layout.kind, fixed, grown)
+    if role == "output":
+        return Layout(layout.kind, grown, fixed)
+    return Layout(layout.kind, tuple(range(1, axes)), (0,))
+
+
+def _layout(owner: nn.Module, leaf: str) -> Layout:
     tensor: Tensor = getattr(owner, leaf)
     kernel = tuple(range(2, tensor.dim()))
     if isinstance(owner, nn.Linear):
@@ -160,7 +200,8 @@ def _call_order(model: nn.Module, example: Tensor | None) -> list[str]:
     handles = [m.register_forward_hook(lambda m, *_: calls.append(names[m])) for m in names]
     try:
         with torch.no_grad():
-            model(example.to(next(model.parameters()).dtype))
+            floating = example.is_floating_point()
+            model(example.to(next(model.parameters()).dtype) if floating else example)
     finally:
         for handle in handles:
             handle.remove()
@@ -173,7 +214,7 @@ def _roles(
     roles: dict[str, Role] = {}
     readouts: list[str] = []
     for name, layout in layouts.items():
-        grows = {i for i, (a, b) in enumerate(zip(shapes[name], doubled[name], strict=True)) if a != b}
+        grows = _growing(shapes[name], doubled[name])
         grows_in, grows_out = bool(grows & {*layout.in_axes}), bool(grows & {*layout.out_axes})
         if grows - {*layout.in_axes, *layout.out_axes}:
             raise _unknown_role(name, shapes[name], "an axis that is neither fan-in nor fan-out grows")

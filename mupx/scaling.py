@@ -169,10 +169,10 @@ def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, stand
         source=source,
         standing=standing,  # type: ignore[arg-type]
         damping={
+            "trace": UNSCALED_DAMPING,
             "absolute": DampingScale(
                 Power(r_in=1) if e_A else None, Power(r_out=-1, depth=-2) if e_B else None
             ),
-            "trace": UNSCALED_DAMPING,
             "pi": UNSCALED_DAMPING,
             "exact": DampingScale(None, Power(r_in=1, r_out=-1, depth=-2)),
         },

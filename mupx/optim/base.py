@@ -86,12 +86,19 @@ class Base(torch.optim.Optimizer):
 
     def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
         super().__init__(params, {"algorithm": self.algorithm, **defaults})
-        for group in self.param_groups:
-            _validate(group)
-            if isinstance(group["lr"], Tensor):
-                # Groups built from one tensor must not share it: a scheduler writes in place.
-                group["lr"] = group["lr"].clone()
-            group.setdefault("initial_lr", _copied(group["lr"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, filled up with the defaults and checked.
+
+        Raises:
+            UsageError: A hyperparameter is out of range.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _validate(group)
+        # Groups built from one tensor must not share it: a scheduler writes in place.
+        group["lr"] = _copied(group["lr"])
+        group.setdefault("initial_lr", _copied(group["lr"]))
 
     @abstractmethod
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -209,6 +216,11 @@ def running_average(old: Tensor | None, new: Tensor, ema: float, seen: int, gap:
     return new if old is None else torch.lerp(old, new, max(1.0 - ema**gap, 1.0 / (seen + 1)))
 
 
+def finite_or(new: Tensor, old: Tensor | None) -> Tensor | None:
+    """Return ``new``, or ``old`` where an overflow would otherwise stay in a running statistic for ever."""
+    return new if bool(new.isfinite().all()) else old
+
+
 def refresh_interval(step: int, refresh: int, staleness: float) -> int:
     """Return how many steps curvature may serve at ``step`` (from 0): min(refresh, staleness · step) ≥ 1.
 
@@ -275,8 +287,9 @@ def _validate(group: dict[str, Any]) -> None:
         value = group.get(key)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{key} must be a finite number ≥ 0, got {float(value)}")
-    if not group["lr"] > 0:
-        raise UsageError(f"lr must be > 0, got {float(group['lr'])}; freeze a tensor by requires_grad=False")
+    for key in ("lr", "eps"):
+        if not group[key] > 0:
+            raise UsageError(f"{key} must be > 0, got {float(group[key])}")
     for key, value in (("momentum", group["momentum"]), *(("betas", beta) for beta in group["betas"])):
         if not 0 <= value < 1:
             raise UsageError(f"{key} must be ≥ 0 and < 1, got {value}")

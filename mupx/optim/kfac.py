@@ -30,6 +30,7 @@ from mupx.optim.base import (
     Base,
     Groups,
     Scalar,
+    finite_or,
     over,
     refresh_interval,
     require_choice,
@@ -127,7 +128,7 @@ class KFAC(Base):
         lr: Learning rate.
         damping: ρ, split as ρ_A = ρ·√ratio, ρ_B = ρ/√ratio where a group does not set its own.
         damping_ratio: ρ_A/ρ_B; π and exact damping have a single ρ and ignore it.
-        damping_rule: ``absolute``, ``trace``, ``pi`` or ``exact``.
+        damping_rule: ``trace``, ``absolute``, ``pi`` or ``exact``.
         fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
         refresh: Longest interval between updates of the factors and their inverses, in steps.
@@ -154,9 +155,9 @@ class KFAC(Base):
         model: nn.Module,
         lr: Scalar = 0.1,
         *,
-        damping: float = 0.125,
+        damping: float = 0.01,
         damping_ratio: float = 1.0,
-        damping_rule: str = "absolute",
+        damping_rule: str = "trace",
         fisher: str = "empirical",
         loss: str | Loss = "cross_entropy",
         refresh: int = 10,
@@ -193,14 +194,6 @@ class KFAC(Base):
             "weight_decay_mode": weight_decay_mode,
         }
         super().__init__(sort_groups(params, fallback_lr, self._can_factor), defaults)
-        self._active = [
-            p
-            for g in self.param_groups
-            if g["algorithm"] == "kfac"
-            for p in g["params"]
-            if id(p) in self._layers
-        ]
-        self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
         self._sums: dict[str, FactorSums] = {}
         self._capture: EagerCapture | None = None
         self.skipped: Counter[str] = Counter()
@@ -212,7 +205,9 @@ class KFAC(Base):
         return [self._names.get(id(p), "?") for g in groups for p in g["params"]]
 
     def _can_factor(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._layers or id(parameter) in self._bias_owner
+        owner = self._bias_owner.get(id(parameter))
+        # Without a gradient for its weight a layer's curvature is not kept: such a bias goes to AdamW.
+        return id(parameter) in self._layers or (owner is not None and owner.weight.requires_grad)
 
     def _name(self, weight: Tensor) -> str:
         return self._names[id(weight)].removesuffix(".weight")
@@ -220,7 +215,12 @@ class KFAC(Base):
     @property
     def refresh_due(self) -> bool:
         """Whether the coming step updates the factors and so needs :meth:`curvature`."""
-        return any(self._stale(self.state[p]) for p in self._active)
+        return bool(self._due())
+
+    def _due(self) -> list[Tensor]:
+        mine = (p for g in self.param_groups if g["algorithm"] == "kfac" for p in g["params"])
+        weights = (p for p in mine if id(p) in self._layers and p.requires_grad)
+        return [p for p in weights if self._stale(self.state.get(p, {}))]
 
     def _stale(self, state: Mapping[str, Any]) -> bool:
         step = state.get("step", 0)
@@ -239,16 +239,21 @@ class KFAC(Base):
             loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
                 scale of a GradScaler.
         """
-        if not self.refresh_due:
+        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in self._due()}
+        if not layers:
             yield
             return
-        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in self._active}
         for name in layers:
             self._sums.setdefault(name, FactorSums())
         empirical = self.fisher == "empirical"
-        with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
-            yield
-        self._capture = None
+        try:
+            with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
+                yield
+        except BaseException:
+            self._sums = {}  # what a broken pass left must not enter the next factors
+            raise
+        finally:
+            self._capture = None
 
     def update_curvature(self, outputs: Tensor, labels: Tensor | None = None) -> None:
         """Back-propagate the Monte-Carlo or exact Fisher; call between forward and backward.
@@ -262,29 +267,28 @@ class KFAC(Base):
 
     def before_step(self) -> None:
         """On a refresh step, average the new factors in and rebuild the solvers."""
-        if not self.refresh_due:
-            return
         sums, self._sums = self._sums, {}
-        for weight in self._active:
-            name = self._name(weight)
+        # Looked up anew: load_state_dict replaces the groups.
+        groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        for weight in self._due():
             if weight.grad is not None:
-                self._refresh_layer(weight, name, sums.get(name, FactorSums()))
+                self._refresh_layer(weight, sums.get(self._name(weight), FactorSums()), groups)
 
-    def _refresh_layer(self, weight: Tensor, name: str, sums: FactorSums) -> None:
-        state, group = self.state[weight], self._group_of[id(weight)]
-        A, B = sums.factors()
+    def _refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
+        state, group = self.state[weight], groups[id(weight)]
         seen, step = state.get("refreshes", 0), state.get("step", 0)
         gap = step - state.get("refreshed_at", step)
-        state["A"] = running_average(state.get("A"), A, self.ema, seen, gap)
-        state["B"] = running_average(state.get("B"), B, self.ema, seen, gap)
+        A, B = (
+            running_average(state.get(key), new, self.ema, seen, gap)
+            for key, new in zip("AB", sums.factors(), strict=True)
+        )
+        state["A"], state["B"] = finite_or(A, state.get("A")), finite_or(B, state.get("B"))
         state["refreshes"], state["refreshed_at"] = seen + 1, step
         bias = self._layers[id(weight)].bias
-        bias_group = None if bias is None else self._group_of.get(id(bias))
+        bias_group = None if bias is None else groups.get(id(bias))
         bias_ridge = None if bias_group is None else bias_group["damping_B"]
-        solver, ok = build_solver(
-            state["A"], state["B"], group["damping_A"], group["damping_B"], bias_ridge, self.damping_rule
-        )
-        self.skipped[name] += int(not bool(ok))
+        solver, ok = build_solver(A, B, group["damping_A"], group["damping_B"], bias_ridge, self.damping_rule)
+        self.skipped[self._name(weight)] += int(not bool(ok))
         state.update(solver)
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:

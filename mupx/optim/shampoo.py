@@ -21,6 +21,7 @@ from mupx.optim.base import (
     Base,
     Groups,
     Scalar,
+    finite_or,
     refresh_interval,
     require_choice,
     require_damping_rule,
@@ -144,12 +145,14 @@ class Shampoo(Base):
         self, state: dict[str, Any], index: int, block: Tensor, group: dict[str, Any], gap: int
     ) -> None:
         seen = state.get("refreshes", 0)
+        factors = {}
         for side, new in zip("LR", moments(block), strict=True):
             old = state.get(f"{side}{index}")
             if self.accumulate == "sum":
-                state[f"{side}{index}"] = new if old is None else old + new
+                factors[side] = new if old is None else old + new
             else:
-                state[f"{side}{index}"] = running_average(old, new, self.ema, seen, gap)
+                factors[side] = running_average(old, new, self.ema, seen, gap)
+            state[f"{side}{index}"] = finite_or(factors[side], old)
         state[f"root_L{index}"], state[f"root_R{index}"] = roots(
-            state[f"L{index}"], state[f"R{index}"], group["damping_B"], group["damping_A"], self.damping_rule
+            factors["L"], factors["R"], group["damping_B"], group["damping_A"], self.damping_rule
         )

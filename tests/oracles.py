@@ -1,0 +1,143 @@
+"""Dense, slow float64 twins, written naively from the formulas, and the stored reference data.
+
+Nothing here shares code with mupx: loops over samples and positions, whole Kronecker products, powers
+by singular values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_json(name: str) -> Any:
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def golden_arrays(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as archive:
+        return {key: torch.tensor(archive[key]) for key in archive.files}
+
+
+def golden_state(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
+
+
+def patches(layer: nn.Conv2d, image: Tensor) -> list[Tensor]:
+    """Input patches of one image [C, H, W], position by position, each flattened channel first."""
+    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
+    channels, height, width = image.shape
+    padded = image.new_zeros(channels, height + 2 * ph, width + 2 * pw)
+    padded[:, ph : ph + height, pw : pw + width] = image
+    rows = range(0, height + 2 * ph - kh + 1, sh)
+    columns = range(0, width + 2 * pw - kw + 1, sw)
+    return [padded[:, i : i + kh, j : j + kw].flatten() for i in rows for j in columns]
+
+
+def _rows(layer: nn.Module, tensor: Tensor, is_input: bool) -> list[Tensor]:
+    """Rows of one sample: positions of a convolution, tokens of a sequence, or the one vector."""
+    if isinstance(layer, nn.Conv2d):
+        if is_input:
+            return patches(layer, tensor)
+        return [tensor[:, i, j] for i in range(tensor.shape[1]) for j in range(tensor.shape[2])]
+    return [tensor] if tensor.dim() == 1 else list(tensor)
+
+
+def factors(
+    model: nn.Module, name: str, inputs: Tensor, signals: Callable[[Tensor, int], list[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """A = mean over samples and positions of h hᵀ; B = mean over samples of the sum over positions of δ δᵀ.
+
+    ``signals(output, n)`` lists vectors ∂loss/∂(model output) of sample n whose outer products are
+    added up.
+    """
+    layer = model.get_submodule(name)
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen["h"], seen["y"] = args[0], output
+
+    handle = layer.register_forward_hook(keep)
+    A, B, positions = 0.0, 0.0, 0
+    for n in range(len(inputs)):
+        output = model(inputs[n : n + 1])
+        for h in _rows(layer, seen["h"][0].detach(), True):
+            A, positions = A + torch.outer(h, h), positions + 1
+        for signal in signals(output, n):
+            (delta,) = torch.autograd.grad(output, seen["y"], signal, retain_graph=True)
+            for d in _rows(layer, delta[0], False):
+                B = B + torch.outer(d, d)
+    handle.remove()
+    return A / positions, B / len(inputs)
+
+
+def label_signals(labels: Tensor) -> Callable[[Tensor, int], list[Tensor]]:
+    """∂(−log p_y)/∂logits = p − e_y for the given labels (the targets, or sampled ones)."""
+
+    def signals(logits: Tensor, n: int) -> list[Tensor]:
+        p = torch.exp(logits - logits.exp().sum().log()).detach()
+        p[0, labels[n]] -= 1
+        return [p]
+
+    return signals
+
+
+def exact_signals(logits: Tensor, n: int) -> list[Tensor]:
+    """√p_c (p − e_c) for every class c."""
+    p = torch.exp(logits - logits.exp().sum().log()).detach()
+    result = []
+    for c in range(p.shape[1]):
+        signal = p.clone()
+        signal[0, c] -= 1
+        result.append(signal * math.sqrt(p[0, c]))
+    return result
+
+
+def kronecker_update(A: Tensor, B: Tensor, G: Tensor, rho_A: float, rho_B: float) -> Tensor:
+    """Solve ((B + ρ_B I) ⊗ (A + ρ_A I)) vec(U) = vec(G) with the whole matrix; vec stacks rows."""
+    damped_A = A + rho_A * torch.eye(len(A), dtype=A.dtype)
+    damped_B = B + rho_B * torch.eye(len(B), dtype=B.dtype)
+    return torch.linalg.solve(torch.kron(damped_B, damped_A), G.flatten()).view_as(G)
+
+
+def exact_update(A: Tensor, B: Tensor, G: Tensor, rho: float) -> Tensor:
+    """Solve (B ⊗ A + ρ I) vec(U) = vec(G) with the whole matrix."""
+    whole = torch.kron(B, A)
+    return torch.linalg.solve(whole + rho * torch.eye(len(whole), dtype=A.dtype), G.flatten()).view_as(G)
+
+
+def matrix_power(M: Tensor, power: float) -> Tensor:
+    """M^power of a symmetric positive definite M by singular values."""
+    U, S, Vh = torch.linalg.svd(M)
+    return U @ torch.diag(S**power) @ Vh
+
+
+def shampoo_update(G: Tensor, rho: float, relative: bool, power: float = -0.25) -> Tensor:
+    """(L + ρ)^power G (R + ρ)^power of one gradient, ρ in units of λmax when ``relative``."""
+    L, R = G @ G.T, G.T @ G
+    unit = float(torch.linalg.matrix_norm(G, 2)) ** 2 if relative else 1.0
+    eye_L, eye_R = torch.eye(len(L), dtype=G.dtype), torch.eye(len(R), dtype=G.dtype)
+    return matrix_power(L + rho * unit * eye_L, power) @ G @ matrix_power(R + rho * unit * eye_R, power)
+
+
+def adam_entries(gradients: list[list[float]], betas: tuple[float, float], eps: float) -> list[list[float]]:
+    """Adam's directions entry by entry, in plain Python."""
+    size = len(gradients[0])
+    m, v, directions = [0.0] * size, [0.0] * size, []
+    for t, gradient in enumerate(gradients, start=1):
+        row = []
+        for i, g in enumerate(gradient):
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+            row.append(m[i] / (1 - betas[0] ** t) / (math.sqrt(v[i] / (1 - betas[1] ** t)) + eps))
+        directions.append(row)
+    return directions

@@ -1,0 +1,126 @@
+"""Damped inverses and roots: against dense solves, over leading dimensions, and where they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mupx.linalg import add_ridge, damped_inverse, eigh, inverse_root, trace, usable
+from tests import oracles
+from tests.strategies import seeds
+
+FUNCTIONS: dict[str, Callable[[Tensor, Any], tuple[Tensor, Tensor]]] = {
+    "inverse": damped_inverse,
+    "absolute root": lambda M, rho: inverse_root(M, 4.0, rho, False),
+    "relative root": lambda M, rho: inverse_root(M, 4.0, rho, True),
+}
+
+
+def factor(d: int, seed: int = 0, rank: int | None = None, dtype: torch.dtype = torch.double) -> Tensor:
+    X = torch.randn(rank or 2 * d, d, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    return (X.T @ X / len(X)).to(dtype)
+
+
+@given(seeds, st.integers(1, 8), st.floats(1e-4, 10))
+def test_damped_inverse(seed: int, d: int, rho: float) -> None:
+    M = factor(d, seed)
+    inverse, ok = damped_inverse(M, rho)
+    assert bool(ok)
+    expected = torch.linalg.solve(add_ridge(M, rho), torch.eye(d, dtype=torch.double))
+    torch.testing.assert_close(inverse, expected, rtol=1e-8, atol=1e-10)
+
+
+@given(seeds, st.floats(1e-3, 1), st.booleans(), st.sampled_from([2.0, 4.0]))
+def test_inverse_root(seed: int, rho: float, relative: bool, root: float) -> None:
+    M = factor(5, seed)
+    result, ok = inverse_root(M, root, rho, relative)
+    assert bool(ok)
+    unit = float(torch.linalg.matrix_norm(M, 2)) if relative else 1.0
+    damped = M + rho * unit * torch.eye(5, dtype=torch.double)
+    torch.testing.assert_close(result, oracles.matrix_power(damped, -1 / root), rtol=1e-8, atol=1e-10)
+
+
+def test_a_relative_ridge_is_homogeneous_and_an_absolute_one_is_not() -> None:
+    M = factor(4)
+    for relative in (True, False):
+        a, _ = inverse_root(M, 4.0, 0.1, relative)
+        b, _ = inverse_root(16 * M, 4.0, 0.1, relative)
+        assert torch.allclose(a, 2 * b) == relative
+
+
+def test_trace_and_ridge_over_leading_dimensions() -> None:
+    M = torch.stack([factor(3, i) for i in range(4)]).view(2, 2, 3, 3)
+    rho = torch.rand(2, 2, dtype=torch.double)
+    damped = add_ridge(M, rho)
+    for i in range(2):
+        for j in range(2):
+            assert float(trace(M)[i, j]) == pytest.approx(float(M[i, j].diagonal().sum()))
+            assert torch.equal(damped[i, j], M[i, j] + rho[i, j] * torch.eye(3, dtype=torch.double))
+    assert torch.equal(M, M.clone())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_batch_equals_its_members(name: str) -> None:
+    M, rho = torch.stack([factor(4, i) for i in range(3)]), torch.tensor([0.1, 1.0, 3.0], dtype=torch.double)
+    batch, ok = FUNCTIONS[name](M, rho)
+    assert ok.tolist() == [True] * 3
+    for i in range(3):
+        single, _ = FUNCTIONS[name](M[i], float(rho[i]))
+        torch.testing.assert_close(batch[i], single, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_an_unusable_member_is_dropped_and_spares_the_others(name: str, bad: float) -> None:
+    M = torch.stack([factor(4, i) for i in range(3)])
+    M[1] = bad
+    batch, ok = FUNCTIONS[name](M, torch.tensor([0.1, 0.1, 0.1], dtype=torch.double))
+    assert ok.tolist() == [True, False, True]
+    assert not batch[1].any()
+    torch.testing.assert_close(batch[2], FUNCTIONS[name](M[2], 0.1)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rho", [float("nan"), float("inf")])
+def test_a_ridge_that_overflows_takes_no_step(rho: float) -> None:
+    inverse, ok = damped_inverse(factor(3), rho)
+    assert not bool(ok)
+    assert not inverse.any()
+
+
+def test_one_bad_entry_is_enough() -> None:
+    M = factor(4)
+    assert bool(usable(M))
+    M[0, 3] = float("nan")
+    assert not bool(usable(M))
+
+
+def test_rounding_beyond_the_ridge_is_solved_in_double_precision() -> None:
+    M = factor(40, rank=3, dtype=torch.float32)
+    rho = 1e-9
+    assert bool(torch.linalg.cholesky_ex(add_ridge(M, rho)).info)  # float32 alone fails
+    inverse, ok = damped_inverse(M, rho)
+    if bool(ok):
+        residual = inverse.double() @ add_ridge(M.double(), rho) - torch.eye(40)
+        assert float(residual.norm()) < 40
+    else:
+        assert not inverse.any()
+    assert inverse.dtype == torch.float32
+
+
+def test_an_indefinite_matrix_is_refused() -> None:
+    inverse, ok = damped_inverse(torch.diag(torch.tensor([3.0, -1.0])), 0.1)
+    assert not bool(ok)
+    assert not inverse.any()
+
+
+def test_eigenvalues_are_never_negative() -> None:
+    values, vectors, ok = eigh(factor(30, rank=2, dtype=torch.float32))
+    assert bool(ok)
+    assert float(values.min()) >= 0.0
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(30), atol=1e-5, rtol=0)
