@@ -1,39 +1,173 @@
-"""Assemble what ``mupx report`` writes from a study: table and figures."""
+"""What a report says and which files it writes: a search as trials, a training run as steps (no torch).
+
+pandas and matplotlib are loaded only for the files that need them.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mupx.config import Experiment
-from mupx.plots import Point, draw_curves, draw_map, save
-from mupx.search.choice import choose, diverged
+from mupx.errors import NoResultError, StorageError
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
 
 
-def write_figures(study: Study, experiment: Experiment, folder: Path) -> list[Path]:
-    """Write ``map.png`` (and ``curves.png`` where trials reported on their way) into ``folder``.
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write; None leaves one out."""
+
+    csv: Path | None = None
+    parquet: Path | None = None
+    figures: Path | None = None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a training run."""
+    return (folder / "run.json").exists()
+
+
+def run_status(folder: Path) -> dict[str, Any]:
+    """Return how far a training run is.
+
+    Metrics reach the disk with each checkpoint, so a running run is seen up to its last one.
 
     Raises:
-        NoResultError: No trial has finished, or all diverged.
-        StorageError: The folder cannot be written.
+        StorageError: A file of the folder is damaged.
     """
-    marked = {pick: choose(study, experiment, pick).trial for pick in ("best", "robust")}
-    points = _points(study)
-    loss = "training loss" if experiment.search.objective == "train" else "validation loss"
-    names = sorted(experiment.search.space, key=lambda name: (name != "lr", name != "damping", name))
-    written = [save(draw_map(points, names[:2], marked, loss), folder / "map.png")]
-    curves = [point for point in points if point.curve]
-    if curves:
-        written.append(save(draw_curves(curves, marked, loss), folder / "curves.png"))
+    result, entries = _result(folder), read_metrics(folder)
+    return {
+        "kind": "run",
+        "run_dir": folder,
+        "state": result["outcome"] if result else "unfinished",
+        "outcome": result["outcome"] if result else None,
+        "step": result["steps"] if result else max((e["step"] for e in entries), default=0),
+        "loss": result["train_loss"] if result else _last(entries, "loss"),
+        "validation_loss": _last(entries, "validation_loss"),
+        "test": result["test"] if result else None,
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``; the torn last line of a killed run is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise StorageError(f"{path}, line {number} is damaged; train again with --fresh") from None
+    return entries
+
+
+def outcome(trial: FrozenTrial) -> str:
+    """Return how a trial ended: finished, diverged, pruned, failed, lost, interrupted or running."""
+    return str(trial.user_attrs.get("outcome", trial.state.name.lower()))
+
+
+def ranking(study: Study) -> list[dict[str, Any]]:
+    """Return all trials, those with a usable result first and best first."""
+    from mupx.search.choice import usable
+
+    good = usable(study)
+    numbers = {trial.number for trial in good}
+    rest = [trial for trial in study.get_trials(deepcopy=False) if trial.number not in numbers]
+    return [
+        {
+            "trial": t.number,
+            "outcome": outcome(t),
+            "value": t.value if t in good else None,
+            "params": t.params,
+        }
+        for t in [*good, *rest]
+    ]
+
+
+def write_study(study: Study, experiment: Experiment, outputs: Outputs) -> list[Path]:
+    """Write a search's table of trials and its figures.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    trials = study.get_trials(deepcopy=False)
+    written = []
+    if outputs.csv or outputs.parquet:
+        from mupx import tables
+
+        written = tables.write(tables.trials_frame(trials), outputs.csv, outputs.parquet)
+    if outputs.figures is not None:
+        written += _study_figures(study, experiment, trials, outputs.figures)
     return written
 
 
-def _points(study: Study) -> list[Point]:
-    return [
-        Point(trial.number, trial.params, trial.value, diverged(trial), trial.intermediate_values)
-        for trial in study.get_trials(deepcopy=False)
-        if trial.value is not None and trial.state.is_finished()
-    ]
+def write_run(folder: Path, outputs: Outputs) -> list[Path]:
+    """Write a training run's table of steps and its learning curve; returns the files written."""
+    entries = read_metrics(folder)
+    written = []
+    if outputs.csv or outputs.parquet:
+        from mupx import tables
+
+        written = tables.write(tables.metrics_frame(entries), outputs.csv, outputs.parquet)
+    if outputs.figures is not None and entries:
+        from mupx import plots
+
+        written += [plots.save(plots.run_curves(entries), outputs.figures / "curves.png")]
+    return written
+
+
+def _study_figures(
+    study: Study, experiment: Experiment, trials: Sequence[FrozenTrial], folder: Path
+) -> list[Path]:
+    from mupx import plots
+
+    if not any(trial.state.is_finished() for trial in trials):
+        return []
+    marked = _marked(study, experiment)
+    space, label = experiment.search.space, f"{experiment.search.objective} loss"
+    figures = {}
+    if len(space) > 1:
+        x, y = ("lr", "damping") if {"lr", "damping"} <= space.keys() else sorted(space)[:2]
+        figures["map"] = plots.loss_map(trials, space, x, y, marked, label)
+    if len(space) != 2:
+        figures["slices"] = plots.slices(trials, space, marked, label)
+    figures["curves"] = plots.trial_curves(trials, marked, label)
+    return [plots.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def _marked(study: Study, experiment: Experiment) -> dict[str, int]:
+    """Return the numbers of the best and the robust trial; nothing while there are none."""
+    from mupx.search.choice import choose
+
+    try:
+        return {pick: choose(study, experiment, pick).trial for pick in ("best", "robust")}
+    except NoResultError:
+        return {}
+
+
+def _last(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = (e[key] for e in reversed(entries) if e.get(key) is not None)
+    return next(values, None)
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is damaged ({error}); train again with --fresh") from None
+    return document

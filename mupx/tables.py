@@ -1,48 +1,73 @@
-"""Trials as a table: the only module that knows pandas."""
+"""Trials and steps as tables for other programs: the only module that uses pandas."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from mupx.errors import StorageError
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna.trial import FrozenTrial
 
-RECORDED = ("outcome", "train_loss", "validation_loss", "validation_accuracy", "steps", "seconds")
+# What a trial stores besides its parameters, in table order.
+FACTS = ("train_loss", "validation_loss", "validation_accuracy", "untrained", "steps", "seconds", "error")
+HEAD = ("trial", "state", "outcome", "value")
+TIMES = ("started", "ended")
 
 
-def trials_table(study: Study) -> pd.DataFrame:
-    """Return one row per trial: number, state, value, its hyperparameters, and what was recorded."""
-    trials = study.get_trials(deepcopy=False)
+def trials_frame(trials: Sequence[FrozenTrial]) -> pd.DataFrame:
+    """Return one row per trial in the order they were asked for; a value that is missing is NaN.
+
+    Columns: trial, state (Optuna's), outcome (mupx's), value (what the sampler was told), one column
+    per hyperparameter, losses and accuracy, steps, seconds, start and end.
+    """
     names = sorted({name for trial in trials for name in trial.params})
-    rows = [
-        {
-            "trial": trial.number,
-            "state": trial.state.name.lower(),
-            "value": trial.value,
-            **{name: trial.params.get(name) for name in names},
-            **{name: trial.user_attrs.get(name) for name in RECORDED},
-        }
-        for trial in trials
-    ]
-    return pd.DataFrame(rows, columns=["trial", "state", "value", *names, *RECORDED])
+    rows = [_row(trial) for trial in sorted(trials, key=lambda t: t.number)]
+    return pd.DataFrame(rows, columns=[*HEAD, *names, *FACTS, *TIMES])
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write CSV, or Parquet where the name ends in ``.parquet``.
+def metrics_frame(entries: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return one row per line of a run's ``metrics.jsonl``."""
+    columns = ["step", "loss", "lr_factor", "validation_loss", "validation_accuracy"]
+    return pd.DataFrame(entries, columns=columns)
+
+
+def write(frame: pd.DataFrame, csv: Path | None = None, parquet: Path | None = None) -> list[Path]:
+    """Write a table as CSV (numbers with all their digits), as Parquet, or both.
 
     Raises:
-        StorageError: The file cannot be written.
+        StorageError: A file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            table.to_parquet(path, index=False)
-        else:
-            table.to_csv(path, index=False)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    writers: list[tuple[Path | None, Callable[[Path], Any]]] = [
+        (csv, lambda path: frame.to_csv(path, index=False)),
+        (parquet, lambda path: frame.to_parquet(path, index=False)),
+    ]
+    written = []
+    for path, writer in writers:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+        written.append(path)
+    return written
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    facts = {name: trial.user_attrs.get(name) for name in FACTS}
+    return {
+        "trial": trial.number,
+        "state": trial.state.name,
+        "outcome": trial.user_attrs.get("outcome", trial.state.name.lower()),
+        "value": trial.value,
+        **trial.params,
+        **facts,
+        "started": trial.datetime_start,
+        "ended": trial.datetime_complete,
+    }

@@ -7,6 +7,7 @@ Verb modules import what is heavy inside their functions, so that ``mupx --help`
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 from mupx.cli import report, rules, status, train, transfer, tune
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError
 
+GRACE = 10  # seconds a terminated process has to close its trials and files
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR}
 
@@ -41,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Tune a narrow network, train a wide one: the learning rate and damping stay optimal.\n\n"
-    "Example: mupx tune --model mlp --data fashion-mnist-14 --optimizer kfac --width 64",
+    "Example: mupx tune --model mlp --optimizer kfac --width 64 --trials 32",
 )
 app.command("tune")(tune.command)
 app.command("transfer")(transfer.command)
@@ -108,4 +110,8 @@ def _say(message: str, code: int) -> int:
 def _terminate(*_: Any) -> NoReturn:
     # SystemExit passes `except Exception` and unwinds every `finally`: trials and files are closed.
     print("terminated; what is finished is kept, the same command continues", file=sys.stderr)
+    if hasattr(signal, "alarm"):
+        # Code that swallows every exception (a destructor, a C callback) may swallow this one.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(TERMINATED))
+        signal.alarm(GRACE)
     raise SystemExit(TERMINATED)

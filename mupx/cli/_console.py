@@ -76,16 +76,24 @@ def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def parameters(values: Mapping[str, float]) -> str:
-    """Write hyperparameters as ``lr=0.1  damping=0.01``, lr first."""
+def parameters(values: Mapping[str, float], most: int | None = None) -> str:
+    """Write hyperparameters, lr first; all of them, or ``most`` and how many are left.
+
+    >>> parameters({"damping": 0.01, "lr": 0.1, "momentum": 0.9}, most=2)
+    'lr=0.1  damping=0.01  +1'
+    """
     names = sorted(values, key=lambda name: (name != "lr", name != "damping", name))
-    return "  ".join(f"{name}={values[name]:.4g}" for name in names)
+    rest = "" if most is None or len(names) <= most else f"  +{len(names) - most}"
+    return "  ".join(f"{name}={values[name]:.4g}" for name in names[:most]) + rest
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the first ``left`` columns are text, the rest numbers, nothing is cut off.
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, folded: int = 0
+) -> None:
+    """Print a table; the first ``left`` columns are text, the rest numbers.
 
-    An underscore in a column's name may become a line break: narrow columns keep to 80 characters.
+    Where the terminal is too narrow, column ``folded`` takes several lines; nothing is cut off. An
+    underscore in a column's name may become a line break: narrow columns keep to 80 characters.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -100,7 +108,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
             head,
             justify="left" if index < left else "right",
             overflow="fold",
-            no_wrap=index > 0,
+            no_wrap=index != folded,
             vertical="bottom",
         )
     for row in rows:

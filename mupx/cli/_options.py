@@ -29,6 +29,17 @@ def flag(*names: str, panel: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
 
 
+def whole(name: str, panel: str, help: str, least: int = 1) -> Any:
+    """Return a Typer option that takes a whole number of at least ``least``."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be a whole number of at least {least}, got {value}")
+        return value
+
+    return flag(name, panel=panel, help=help, callback=check)
+
+
 def known(names: Sequence[str] | Mapping[str, Any]) -> str:
     """Return the names a flag takes, for its help."""
     return ", ".join(names)
@@ -41,8 +52,9 @@ Set = Annotated[
 ]
 RunDir = Annotated[Path | None, flag("--run-dir", panel=WHERE, help="Run folder.")]
 Fresh = Annotated[bool, flag("--fresh", panel=WHERE, help="Move an existing run folder aside.")]
-Threads = Annotated[int | None, flag("--threads", panel=WHERE, min=1, help="CPU threads.")]
-Seed = Annotated[int | None, flag("--seed", panel=WHERE, min=0, help="Seed.")]
+Threads = Annotated[int | None, whole("--threads", WHERE, "CPU threads.")]
+Seed = Annotated[int | None, whole("--seed", WHERE, "Seed.", least=0)]
+Device = Annotated[str | None, flag("--device", panel=WHERE, help="auto, cpu, cuda, cuda:1, mps …")]
 Storage = Annotated[
     str | None,
     flag(
@@ -62,9 +74,9 @@ DampingRule = Annotated[
 Parametrization = Annotated[
     str | None, flag("--parametrization", panel=WHAT, help=f"One of: {known(PARAMETRIZATIONS)}.")
 ]
-BatchSize = Annotated[int | None, flag("--batch-size", panel=WHAT, min=1, help="Examples per step.")]
+BatchSize = Annotated[int | None, whole("--batch-size", WHAT, "Examples per step.")]
 Epochs = Annotated[float | None, flag("--epochs", panel=WHAT, help="Passes over the training data.")]
-Steps = Annotated[int | None, flag("--steps", panel=WHAT, min=1, help="Steps, instead of epochs.")]
+Steps = Annotated[int | None, whole("--steps", WHAT, "Steps, instead of epochs.")]
 
 # Flag → dotted keys. A flag left out is None and says nothing.
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -135,7 +147,7 @@ def fixed_experiment(documents: Sequence[Document]) -> Experiment:
         UsageError: An unknown key or name, a value out of range, or a range where a value is needed.
     """
     document = combined(documents)
-    ranges = document.get("search", {}).pop("space", {})
+    ranges = _take_space(document)
     if ranges:
         raise UsageError(f"{next(iter(ranges))} is a range, which only `mupx tune` searches; give one value")
     experiment = config.parse(document)
@@ -160,9 +172,7 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
     scaling = document.get("scaling")
     if isinstance(scaling, dict) and "width" in scaling:
         scaling["base_width"] = scaling.get("base_width", scaling["width"])
-    search = document.get("search", {})
-    if isinstance(search, dict):
-        search.pop("space", None)
+    _take_space(document)
     plain = config.parse(document)
     check_names(plain)
     space = _space(documents, _default_space(documents[0], plain, roles))
@@ -219,6 +229,15 @@ def run_name(experiment: Experiment) -> str:
     """Return the default name of a search's run folder."""
     e = experiment
     return f"{e.model.name}-{e.data.name}-{e.optimizer.name}-w{e.scaling.width}"
+
+
+def _take_space(document: Document) -> Document:
+    """Remove and return the ranges; what is no table stays, for the parser to complain about."""
+    search = document.get("search")
+    if isinstance(search, dict) and isinstance(search.get("space"), dict):
+        space: Document = search.pop("space")
+        return space
+    return {}
 
 
 def _default_space(file: Document, experiment: Experiment, roles: bool) -> Document:

@@ -27,7 +27,7 @@ IN_BRANCHES = ("hidden", "vector")  # roles that a depth multiplier is shown for
 
 def command(
     optimizer: Annotated[
-        str | None, typer.Argument(metavar="[OPT]", help="Name of a rule; left out: list them all.")
+        str | None, typer.Argument(metavar="OPT", help="Name of a rule; left out: list them all.")
     ] = None,
     width_mult: Annotated[
         float, typer.Option(help="Width over base width; below 1 when the target is narrower.")
@@ -132,10 +132,11 @@ def _list_rules(json: bool) -> None:
     if json:
         print_json({"rules": entries})
         return
-    shown = ("name", "update", "lr", "standing")
+    shown = ("name", "update", "lr")
     print_table(
         "Scaling rules (details: mupx rules NAME)",
         shown,
         [[str(e[key]) for key in shown] for e in entries],
-        left=4,
+        left=3,
+        folded=1,
     )

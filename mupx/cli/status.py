@@ -1,9 +1,7 @@
-"""``mupx status``: how far a search or a training run is (no torch)."""
+"""``mupx status``: how far a search or a run is (no torch)."""
 
 from __future__ import annotations
 
-import json as json_module
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +9,12 @@ import typer
 
 from mupx.cli import _options as o
 from mupx.cli._console import number, parameters, print_json, say
-from mupx.cli._sources import open_source
-from mupx.errors import MismatchError
+from mupx.cli._sources import choice_json, chosen, find_study, is_study
+from mupx.report import is_run, run_status
 
 
 def command(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_DIR|STORAGE#STUDY", help="A search's or a training run's folder.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="RUN_DIR or STORAGE#STUDY.")],
     storage: o.Storage = None,
     json: o.Json = False,
 ) -> None:
@@ -26,65 +22,56 @@ def command(
 
     Example: mupx status runs/mlp-fashion-mnist-14-kfac-w64
     """
-    folder = Path(source)
-    training = (folder / "run.json").is_file()
-    document = training_status(folder) if training else study_status(source, storage)
+    if is_run(Path(source)) and not is_study(source):
+        document = run_status(Path(source))
+    else:
+        document = _study_status(source, storage)
     if json:
         print_json(document)
+    else:
+        _print(document)
+
+
+def _study_status(source: str, storage: str | None) -> dict[str, Any]:
+    from mupx.search.loop import counts
+
+    found = find_study(source, storage)
+    counted, running = counts(found.study), _running(found.study)
+    wanted = found.experiment.search.trials
+    done = counted["total"] >= wanted
+    return {
+        "kind": "study",
+        "run_dir": found.run_dir,
+        "study": found.study.study_name,
+        "storage": found.storage,
+        "state": "finished" if done else "running" if running else "stopped",
+        "wanted": wanted,
+        "counts": counted,
+        "running": running,
+        "best": choice_json(chosen(found, "best")),
+    }
+
+
+def _running(study: Any) -> list[dict[str, Any]]:
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    leases = {trial.number: trial.user_attrs.get("lease", {}) for trial in trials}
+    return [{"trial": n, "host": lease.get("host"), "pid": lease.get("pid")} for n, lease in leases.items()]
+
+
+def _print(document: dict[str, Any]) -> None:
+    if document["kind"] == "run":
+        say(f"run {document['run_dir']}: {document['state']}, step {document['step']}")
+        for name in ("loss", "validation_loss"):
+            say(f"{name.replace('_', ' '):<16} {number(document[name], 4)}")
         return
-    for name, value in document.items():
-        if value is not None:
-            say(f"{name:<9} {_text(value)}")
-
-
-def study_status(source: str, storage: str | None = None) -> dict[str, Any]:
-    """Return counts, the best trial and the running ones of a study."""
-    study, url = open_source(source, storage)
-    trials = study.get_trials(deepcopy=False)
-    counts = Counter(str(trial.user_attrs.get("outcome", trial.state.name.lower())) for trial in trials)
-    told = [t for t in trials if t.state.name == "COMPLETE" and t.user_attrs.get("outcome") != "diverged"]
-    best = min(told, key=lambda trial: trial.value or 0.0, default=None)
-    return {
-        "study": study.study_name,
-        "storage": url,
-        "trials": len(trials),
-        "counts": dict(counts),
-        "running": [trial.number for trial in trials if trial.state.name == "RUNNING"],
-        "best": None if best is None else {"trial": best.number, "value": best.value, "params": best.params},
-    }
-
-
-def training_status(folder: Path) -> dict[str, Any]:
-    """Return the last step and loss of a training run, and its result if it has ended."""
-    last: dict[str, Any] = {}
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                last |= json_module.loads(line)
-            except ValueError:
-                break  # the line being written right now
-    outcome = "running or interrupted"
-    result = folder / "result.json"
-    if result.exists():
-        try:
-            outcome = json_module.loads(result.read_text(encoding="utf-8"))["outcome"]
-        except (ValueError, KeyError) as error:
-            raise MismatchError(f"{result} cannot be read ({error}); train again with --fresh") from None
-    return {
-        "run_dir": folder,
-        "outcome": outcome,
-        "step": last.get("step", 0),
-        "loss": last.get("loss"),
-        "validation_loss": last.get("validation_loss"),
-    }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict) and "params" in value:
-        return f"trial {value['trial']}  loss {number(value['value'], 4)}  {parameters(value['params'])}"
-    if isinstance(value, dict):
-        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none yet"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return number(value, 4) if isinstance(value, float) else str(value)
+    counted, best = document["counts"], document["best"]
+    shown = ", ".join(f"{count} {name}" for name, count in counted.items() if name != "total" and count)
+    say(f"{document['state']:<8} {document['storage']}#{document['study']}")
+    say(f"trials   {counted['total']} of {document['wanted']} ({shown or 'none yet'})")
+    for trial in document["running"]:
+        where = f"{trial['host'] or 'unknown host'}, process {trial['pid'] or 'unknown'}"
+        say(f"running  trial {trial['trial']} on {where}")
+    if best is not None:
+        say(f"best     trial {best['trial']}: {best['value']:.4f}  {parameters(best['params'])}")

@@ -1,7 +1,8 @@
-"""``mupx train``: the wide run, launched from its recipe."""
+"""``mupx train``: the run a recipe is for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,110 +10,134 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mupx import config
+from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import number, print_json, progress, say, warn
+from mupx.config import Experiment
 from mupx.errors import NoResultError
-from mupx.recipe import Recipe, read
+from mupx.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mupx.training import Result
+    from mupx.training import Metrics, Result
 
-# Keys that may differ between proxy and target without touching what was transferred.
-FREE = (
-    "train.seed",
-    "train.device",
-    "train.threads",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "data.dir",
+# What tuned values hold for: changing it at the target moves their optimum.
+NOT_TRANSFERRED = (
+    "data.name",
+    "model.",
+    "optimizer.",
+    "scaling.parametrization",
+    "scaling.base_width",
+    *(
+        f"train.{key}"
+        for key in ("batch_size", "epochs", "steps", "schedule", "warmup", "grad_clip", "loss", "amp")
+    ),
 )
-PROGRESS_LINES = 20
+REDESCRIBED = ("model.", "data.name", "roles", "scaling.base_width")  # the recipe's shapes no longer hold
+LINES = 10  # progress lines without a terminal
 
 
 def command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="File that `mupx transfer` wrote.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Written by `mupx tune` or `mupx transfer`.")
+    ],
     set_: o.Set = None,
     data_dir: o.DataDir = None,
-    seed: Annotated[int | None, o.flag("--seed", panel=o.WHERE, min=0, help="Seed.")] = None,
-    device: Annotated[str | None, o.flag("--device", panel=o.WHERE, help="auto, cpu, cuda, …")] = None,
-    threads: o.Threads = None,
     run_dir: o.RunDir = None,
+    device: o.Device = None,
+    threads: o.Threads = None,
+    seed: o.Seed = None,
     fresh: o.Fresh = False,
     json: o.Json = False,
 ) -> None:
-    """Train the target from its recipe.
+    """Train the model of a recipe and measure it on the test data.
 
-    Example: mupx train wide.toml --run-dir runs/wide
+    The same command continues a run that was stopped or prints its result.
+
+    Example: mupx train runs/mlp-fashion-mnist-14-kfac-w64/recipe-w1024.toml
     """
-    chosen, overridden = _overridden(read(recipe), set_, context.params)
-    for line in overridden:
-        warn(f"{line}: this does not transfer, so the tuned values may no longer be the best ones")
-    folder = run_dir or Path("runs") / f"{o.run_name(chosen.experiment)}-target"
-    from mupx.search.loop import set_aside
-    from mupx.training import train
+    source = recipes.read(recipe)
+    stated = {name: context.params[name] for name in ("data_dir", "device", "threads", "seed")}
+    changes = {**config.environment_changes(), **config.assignments(set_ or ()), **o.flag_changes(stated)}
+    experiment = source.experiment.updated(changes)
+    o.check_names(experiment)
+    overrides = _overrides(source.experiment, experiment)
+    folder = run_dir or Path("runs") / f"{o.run_name(experiment)}-target"
 
-    if fresh:
-        set_aside(folder)
-    with progress("steps", PROGRESS_LINES) as advance:
-        result = train(
-            chosen.experiment,
-            recipe=chosen,
-            run_dir=folder,
-            evaluate_test=True,
-            progress=lambda step, steps, loss: advance(step, steps, f"loss {loss:.4f}"),
-        )
-    chosen.write(folder / "recipe.toml")
+    result = _train(replace(source, experiment=experiment), overrides, folder, fresh)
     if json:
-        print_json(document(result, folder))
+        print_json(_document(folder, result))
     else:
-        _print(result, folder)
+        _print(folder, result)
     if result.outcome == "diverged":
         raise NoResultError(
-            f"the run diverged at step {result.steps}; choose another trial (mupx transfer --pick robust) "
-            "or lower lr on the proxy"
+            f"the run diverged after {result.steps} steps; lower hyperparameters.lr or raise "
+            "hyperparameters.damping at the base width, or transfer with --pick robust"
         )
 
 
-def document(result: Result, folder: Path) -> dict[str, Any]:
-    """Return the JSON document of a run."""
-    nothing = {"loss": None, "accuracy": None}
+def _overrides(old: Experiment, new: Experiment) -> list[str]:
+    """List what was changed as ``key: old → new``, and warn of what does not transfer."""
+    lines = config.differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    for line in lines:
+        if line.startswith(NOT_TRANSFERRED):
+            warn(f"{line}: the values were tuned for the old one and need not be optimal for the new one")
+    return lines
+
+
+def _train(recipe: Recipe, overrides: list[str], folder: Path, fresh: bool) -> Result:
+    from mupx import training
+    from mupx.parametrization import resolved
+
+    if fresh:
+        from mupx.search.loop import set_aside
+
+        set_aside(folder)
+    recipe = replace(recipe, experiment=resolved(recipe.experiment))
+    data = training.load_data(recipe.experiment)
+    if any(line.startswith(REDESCRIBED) for line in overrides):
+        recipe = replace(recipe, parameters=training.describe(recipe.experiment, data))
+    _record(recipe, overrides, folder)
+    with progress("steps", LINES) as advance:
+        return training.train(
+            recipe.experiment,
+            data=data,
+            recipe=recipe,
+            run_dir=folder,
+            evaluate_test=True,
+            progress=lambda step, total, loss: advance(step, total, f"training loss {loss:.4f}"),
+        )
+
+
+def _record(recipe: Recipe, overrides: list[str], folder: Path) -> None:
+    """Keep the recipe that is run, with what was overridden, in a folder that has no run yet."""
+    if (folder / "run.json").exists():
+        return
+    provenance = {**recipe.provenance, **({"overrides": overrides} if overrides else {})}
+    replace(recipe, provenance=provenance).write(folder / "recipe.toml")
+
+
+def _document(folder: Path, result: Result) -> dict[str, Any]:
     return {
         "run_dir": folder,
         "outcome": result.outcome,
         "steps": result.steps,
         "train": {"loss": result.train_loss},
-        "validation": nothing if result.validation is None else asdict(result.validation),
-        "test": nothing if result.test is None else asdict(result.test),
+        "validation": _metrics(result.validation),
+        "test": _metrics(result.test),
         "seconds": result.seconds,
     }
 
 
-def _overridden(recipe: Recipe, items: list[str] | None, flags: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """Apply overrides; return the recipe with them recorded, and those that do not transfer."""
-    changes = {
-        **config.environment_changes(),
-        **config.assignments(items or ()),
-        **{key: flags[name] for name, key in _FLAGS.items() if flags.get(name) is not None},
-    }
-    if not changes:
-        return recipe, []
-    experiment = config.parse(config.merge(recipe.experiment.model_dump(mode="json"), changes))
-    o.check_names(experiment)
-    lines = config.differences(recipe.experiment.identity(search=False), experiment.identity(search=False))
-    lines = [line for line in lines if not line.startswith(FREE)]
-    provenance = {**recipe.provenance, **({"overridden": lines} if lines else {})}
-    return replace(recipe, experiment=experiment, provenance=provenance), lines
+def _metrics(metrics: Metrics | None) -> Mapping[str, float | None]:
+    return {"loss": None, "accuracy": None} if metrics is None else asdict(metrics)
 
 
-_FLAGS = {"data_dir": "data.dir", "seed": "train.seed", "device": "train.device", "threads": "train.threads"}
-
-
-def _print(result: Result, folder: Path) -> None:
-    say(f"outcome     {result.outcome} after {result.steps} steps, {number(result.seconds)} s")
+def _print(folder: Path, result: Result) -> None:
+    say(f"{result.outcome} after {result.steps} steps in {number(result.seconds)} s")
     say(f"train       loss {result.train_loss:.4f}")
     for name, metrics in (("validation", result.validation), ("test", result.test)):
         if metrics is not None:
-            accuracy = "" if metrics.accuracy is None else f"  accuracy {metrics.accuracy:.1%}"
+            accuracy = "" if metrics.accuracy is None else f"  accuracy {metrics.accuracy:.2%}"
             say(f"{name:<11} loss {metrics.loss:.4f}{accuracy}")
     say(f"run folder  {folder}")

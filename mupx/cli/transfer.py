@@ -1,35 +1,50 @@
-"""``mupx transfer``: the same hyperparameters for a wider model, layer by layer."""
+"""``mupx transfer``: the same hyperparameters for another width, as a recipe with its layer table."""
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mupx import recipe as recipes
 from mupx.cli import _options as o
-from mupx.cli._console import NONE, note, number, print_json, print_table, say
-from mupx.cli._sources import recipe_of
-from mupx.errors import UsageError
+from mupx.cli._console import note, number, parameters, print_json, print_table, say
+from mupx.cli._sources import find_study, is_study
+from mupx.cli.rules import formulas
+from mupx.errors import NotFoundError, UsageError
 from mupx.layers import Layer
 from mupx.recipe import Recipe
 from mupx.scaling import find_parametrization, find_rule
 
-COLUMNS = ("init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
-NOT_TRANSFERRED = "batch size, number of steps, data, schedule and regularisation: keep them as on the proxy"
+# Flags that describe a model and its values, for a transfer without a study.
+DESCRIBING: tuple[str, ...] = (
+    "model",
+    "data",
+    "data_dir",
+    "optimizer",
+    "damping_rule",
+    "parametrization",
+    "batch_size",
+)
+DESCRIBING += ("epochs", "steps", "base_width", "lr", "damping", "momentum", "weight_decay")
+TARGET, VALUES = "What is transferred", "Without SOURCE: values from anywhere, with the flags below"
+NUMBERS = ("r_in", "r_out", "init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 
 
 def command(
     context: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN_DIR|STORAGE#STUDY|RECIPE]", help="Where the values come from."),
+        typer.Argument(metavar="SOURCE", help="RUN_DIR, STORAGE#STUDY or RECIPE.", show_default=False),
     ] = None,
-    width: Annotated[int | None, o.flag("--width", panel=o.WHAT, min=1, help="Width of the target.")] = None,
-    base_width: Annotated[
-        int | None, o.flag("--base-width", panel=o.WHAT, min=1, help="Width the values are for (no source).")
+    width: Annotated[int | None, o.whole("--width", TARGET, "Width of the target (required).")] = None,
+    pick: Annotated[
+        str | None, o.flag("--pick", panel=TARGET, help="Which trial: best (default), robust or its number.")
     ] = None,
-    pick: Annotated[str, o.flag("--pick", panel=o.HOW, help="best, robust or a trial number.")] = "best",
     model: o.Model = None,
     data: o.Data = None,
     data_dir: o.DataDir = None,
@@ -39,102 +54,169 @@ def command(
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     steps: o.Steps = None,
-    lr: Annotated[str | None, o.flag("--lr", panel=o.HOW, help="Learning rate (no source).")] = None,
-    damping: Annotated[str | None, o.flag("--damping", panel=o.HOW, help="Damping (no source).")] = None,
-    momentum: Annotated[str | None, o.flag("--momentum", panel=o.HOW, help="Momentum (no source).")] = None,
-    weight_decay: Annotated[
-        str | None, o.flag("--weight-decay", panel=o.HOW, help="Weight decay (no source).")
+    base_width: Annotated[
+        int | None, o.whole("--base-width", VALUES, "Width the values were tuned at.")
     ] = None,
-    storage: o.Storage = None,
+    lr: Annotated[str | None, o.flag("--lr", panel=VALUES, help="Learning rate.")] = None,
+    damping: Annotated[str | None, o.flag("--damping", panel=VALUES, help="Damping.")] = None,
+    momentum: Annotated[str | None, o.flag("--momentum", panel=VALUES, help="Momentum.")] = None,
+    weight_decay: Annotated[str | None, o.flag("--weight-decay", panel=VALUES, help="Weight decay.")] = None,
     set_: o.Set = None,
+    storage: o.Storage = None,
     output: Annotated[
-        Path | None, o.flag("-o", "--output", panel=o.WHERE, help="File to write the recipe to.")
+        Path | None,
+        o.flag("--output", "-o", panel=o.WHERE, help="Recipe to write; next to SOURCE when left out."),
     ] = None,
     explain: Annotated[
-        bool, o.flag("--explain", panel=o.WHERE, help="Print the rule and its source.")
+        bool, o.flag("--explain", panel=o.WHERE, help="Also print the rules behind the table.")
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Turn tuned values into a recipe for a wider model.
+    """Carry tuned values over to another width and write a recipe.
 
-    Example: mupx transfer runs/mlp-fashion-mnist-14-kfac-w64 --width 1024 -o wide.toml
+    Example: mupx transfer runs/mlp-fashion-mnist-14-kfac-w64 --width 1024
     """
     if width is None:
-        raise UsageError("mupx transfer needs --width, the width of the target; example: --width 1024")
-    recipe = _from_flags(context, base_width, set_) if source is None else recipe_of(source, pick, storage)
-    wide = recipe.transfer(width)
-    path = output or _default_path(source, width)
-    wide.write(path)
-    if width == wide.experiment.scaling.base_width:
+        raise UsageError("give the target's width, for example --width 1024")
+    if source is None:
+        base, place = _described(context.params, set_), Path("recipe.toml")
+    else:
+        _refuse_description(context.params, set_)
+        base, place = _found(source, pick, storage)
+    target = base.transfer(width)
+    path = output or place.with_name(_stem(place) + f"-w{width}.toml")
+    if source is not None and _same(path, Path(source)):
+        raise UsageError(f"-o {path} is the recipe it starts from; give another name")
+    target.write(path)
+    if width == target.experiment.scaling.base_width:
         note(f"width {width} is the base width: every multiplier is 1")
-    layers = wide.layers
     if json:
-        print_json({"recipe": path, "layers": [layer.as_dict() for layer in layers]})
-        return
-    _print_layers(wide, layers)
-    if explain:
-        _explain(wide, layers)
-    say(f"recipe  {path}")
-    say(f"next    mupx train {path}")
-
-
-def _from_flags(context: typer.Context, base_width: int | None, items: list[str] | None) -> Recipe:
-    if base_width is None or context.params.get("lr") is None:
-        raise UsageError(
-            "without RUN_DIR, STORAGE#STUDY or RECIPE give the values themselves: "
-            "--model mlp --base-width 64 --width 1024 --optimizer kfac --lr 0.03 --damping 0.01"
+        rows = [layer.as_dict() for layer in target.layers]
+        print_json(
+            {
+                "recipe": path,
+                "base_width": target.experiment.scaling.base_width,
+                "width": width,
+                "layers": rows,
+            }
         )
-    flags = {**context.params, "width": base_width}
-    experiment = o.fixed_experiment(o.sources(None, items, flags))
+        return
+    _print_layers(target)
+    if explain:
+        _explain(target)
+    say(f"recipe  {path}")
+    say(f"next    mupx train {shlex.quote(str(path))}")
+
+
+def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, Path]:
+    """Return the recipe of a study's chosen trial or of a file, and the place to write next to."""
+    path = Path(source)
+    if is_study(source):
+        from mupx.search.choice import choose, recipe_from_study
+
+        found = find_study(source, storage)
+        choice = choose(found.study, found.experiment, pick or "best")
+        name = "recipe.toml" if found.run_dir else f"{found.study.study_name}.toml"
+        return recipe_from_study(found.study, choice, storage=found.storage), found.folder / name
+    if path.is_dir():
+        path /= "recipe.toml"
+        if not path.exists():
+            raise NotFoundError(
+                f"neither a study nor a recipe in {source}; `mupx tune --run-dir {source}` makes both"
+            )
+    if pick is not None:
+        raise UsageError(
+            f"--pick {pick}: recipe {path} holds one choice already; give its run folder instead"
+        )
+    return recipes.read(path), path
+
+
+def _described(flags: Mapping[str, Any], items: list[str] | None) -> Recipe:
+    """Return the recipe of values from anywhere; the model is built to describe it."""
+    stated = {name: flags[name] for name in DESCRIBING}
+    experiment = o.fixed_experiment(o.sources(None, items, {**stated, "width": flags["base_width"]}))
+    needed = ["base_width", "lr", *(["damping"] if find_rule(experiment.optimizer.name).damping else [])]
+    missing = [f"--{name.replace('_', '-')}" for name in needed if flags[name] is None]
+    if missing:
+        raise UsageError(
+            f"give a SOURCE (run folder, STORAGE#STUDY or recipe) or the tuned values: {', '.join(missing)}"
+        )
+
+    from mupx import training
     from mupx.parametrization import resolved
-    from mupx.training import describe, load_data
 
     experiment = resolved(experiment)
-    return Recipe(experiment, describe(experiment, load_data(experiment)), {"values": "given by flags"})
+    parameters = training.describe(experiment, training.load_data(experiment))
+    return Recipe(experiment, parameters, {"origin": "values given on the command line"})
 
 
-def _default_path(source: str | None, width: int) -> Path:
-    name = f"recipe-w{width}.toml"
-    if source is None or "#" in source:
-        return Path(name)
-    path = Path(source)
-    return path / name if path.is_dir() else path.with_name(f"{path.stem.split('-w')[0]}-w{width}.toml")
+def _refuse_description(flags: Mapping[str, Any], items: list[str] | None) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in DESCRIBING if flags[name] is not None]
+    if given or items:
+        raise UsageError(
+            f"{', '.join(given or ['--set'])}: the source says that already; leave it out, or SOURCE"
+        )
 
 
-def _print_layers(wide: Recipe, layers: list[Layer]) -> None:
-    scaling, optimizer = wide.experiment.scaling, wide.experiment.optimizer
-    rows = [
+def _same(path: Path, source: Path) -> bool:
+    return path.exists() and source.exists() and path.samefile(source)
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"-w\d+$", "", path.stem)
+
+
+def _print_layers(recipe: Recipe) -> None:
+    """Print the layer table without the columns that say nothing, which are named in a line instead."""
+    layers, scaling = recipe.layers, recipe.experiment.scaling
+    optimizers = {layer.optimizer for layer in layers}
+    texts = ["name", "role", *(["optimizer"] if len(optimizers) > 1 else []), "shape"]
+    numbers = [name for name in NUMBERS if any(getattr(layer, name) for layer in layers)]
+    hyper = parameters({"lr": recipe.experiment.hyperparameters.lr, **_tuned(recipe)})
+    print_table(
+        f"{recipe.experiment.model.name} with {recipe.experiment.optimizer.name}, width {scaling.width} from "
+        f"{scaling.base_width} ({scaling.parametrization}); base {hyper}",
+        [*texts, *numbers],
         [
-            layer.name,
-            layer.role,
-            layer.optimizer,
-            "×".join(map(str, layer.shape)),
-            f"{layer.r_in:g}/{layer.r_out:g}",
-            *(number(getattr(layer, name)) for name in COLUMNS),
-        ]
-        for layer in layers
-    ]
-    damped = f", {optimizer.damping_rule} damping" if optimizer.damping_rule else ""
-    title = (
-        f"{wide.experiment.model.name}, {optimizer.name}{damped}, {scaling.parametrization}: "
-        f"width {scaling.base_width} → {scaling.width}"
+            [*(_text(layer, name) for name in texts), *(number(getattr(layer, name)) for name in numbers)]
+            for layer in layers
+        ],
+        left=len(texts),
     )
-    shown = [i for i, name in enumerate(COLUMNS) if any(row[5 + i] != NONE for row in rows)]
-    heads = ("name", "role", "by", "shape", "in/out", *(COLUMNS[i] for i in shown))
-    print_table(title, heads, [[*row[:5], *(row[5 + i] for i in shown)] for row in rows], left=3)
+    absent = [name for name in NUMBERS if name not in numbers]
+    if absent:
+        say(f"zero or not used: {', '.join(absent)}")
 
 
-def _explain(wide: Recipe, layers: list[Layer]) -> None:
-    experiment = wide.experiment
-    rule = find_rule(experiment.optimizer.name)
-    ridge = rule.damping_scale(experiment.optimizer.damping_rule)
-    say(f"update          {rule.update}")
-    for name, power in (("lr", rule.lr), ("damping_A", ridge.A), ("damping_B", ridge.B), ("eps", rule.eps)):
-        if power is not None:
-            # Depth is that of residual branches; without them it is 1.
-            say(f"{name:<15} × {power.formula}")
+def _tuned(recipe: Recipe) -> dict[str, float]:
+    hyper = recipe.experiment.hyperparameters
+    return {"damping": hyper.damping} if find_rule(recipe.experiment.optimizer.name).damping else {}
+
+
+def _text(layer: Layer, name: str) -> str:
+    value = getattr(layer, name)
+    return "×".join(map(str, value)) if name == "shape" else str(value)
+
+
+def _explain(recipe: Recipe) -> None:
+    experiment = recipe.experiment
     law = find_parametrization(experiment.scaling.parametrization)
-    say(f"source          {rule.source} ({rule.standing}); {law.name}: {law.source}")
-    fallen = [layer.name for layer in layers if layer.optimizer != rule.name]
-    say(f"left to {rule.fallback:<7} {', '.join(fallen) or 'nothing'}")
-    say(f"not transferred {NOT_TRANSFERRED}")
+    main = find_rule(experiment.optimizer.name)
+    groups: dict[str, list[str]] = {main.name: []}
+    for layer in recipe.layers:
+        groups.setdefault(layer.optimizer, []).append(layer.name)
+    for name, members in groups.items():
+        rule = find_rule(name)
+        damping_rule = experiment.optimizer.damping_rule if rule is main else None
+        say(
+            f"[{name}]"
+            if rule is main
+            else f"[{name}, for what {main.name} does not treat: {', '.join(members)}]"
+        )
+        for line in formulas(rule, law, rule.damping_scale(damping_rule)):
+            say(f"  {line}")
+    train = experiment.train
+    length = f"{train.steps} steps" if train.steps else f"{number(train.epochs)} epochs"
+    say("[does not transfer: keep these as they were tuned]")
+    say(f"  batch size {train.batch_size}, {length}, {train.schedule} schedule, data {experiment.data.name}")
+    say()

@@ -1,8 +1,8 @@
-"""``mupx tune``: search learning rate and damping on the narrow proxy."""
+"""``mupx tune``: search the hyperparameters on the narrow proxy."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,87 +10,104 @@ import typer
 
 from mupx.cli import _options as o
 from mupx.cli._console import number, parameters, print_json, progress, say, warn
+from mupx.cli._sources import choice_json
+from mupx.errors import unknown_name
 
 if TYPE_CHECKING:
-    from mupx.search.loop import SearchResult, TrialInfo
+    from mupx.search import Edge, SearchResult, TrialInfo
+
+SCALE_UP = 16  # the width suggested next, in base widths
 
 
 def command(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="TOML file; flags override it.", show_default=False),
+    ] = None,
     model: o.Model = None,
     data: o.Data = None,
     data_dir: o.DataDir = None,
     optimizer: o.Optimizer = None,
     damping_rule: o.DampingRule = None,
     parametrization: o.Parametrization = None,
-    width: Annotated[int | None, o.flag("--width", panel=o.WHAT, min=1, help="Base width.")] = None,
+    width: Annotated[int | None, o.whole("--width", o.WHAT, "Width of the proxy: the base width.")] = None,
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     steps: o.Steps = None,
     lr: Annotated[
-        str | None, o.flag("--lr", panel=o.HOW, help="Learning rate: 1e-3:1 searches, 0.03 is fixed.")
+        str | None, o.flag("--lr", panel=o.HOW, help="A range to search (1e-3:1) or a fixed value (0.03).")
     ] = None,
-    damping: Annotated[str | None, o.flag("--damping", panel=o.HOW, help="Damping, likewise.")] = None,
-    momentum: Annotated[str | None, o.flag("--momentum", panel=o.HOW, help="Momentum, likewise.")] = None,
+    damping: Annotated[str | None, o.flag("--damping", panel=o.HOW, help="A range or a fixed value.")] = None,
+    momentum: Annotated[
+        str | None, o.flag("--momentum", panel=o.HOW, help="A range or a fixed value.")
+    ] = None,
     weight_decay: Annotated[
-        str | None, o.flag("--weight-decay", panel=o.HOW, help="Weight decay, likewise.")
+        str | None, o.flag("--weight-decay", panel=o.HOW, help="A range or a fixed value.")
     ] = None,
     search: Annotated[
         str | None,
-        o.flag("--search", panel=o.HOW, help="roles: also multipliers per role, output scale, momentum."),
+        o.flag(
+            "--search", panel=o.HOW, help="roles: also search lr and init multipliers per role, and momentum."
+        ),
     ] = None,
     trials: Annotated[
-        int | None, o.flag("--trials", panel=o.HOW, min=1, help="Finished trials in all, restarts included.")
+        int | None, o.whole("--trials", o.HOW, "Finished trials in all, over restarts.")
     ] = None,
-    objective: Annotated[
-        str | None, o.flag("--objective", panel=o.HOW, help="validation or train loss.")
-    ] = None,
+    objective: Annotated[str | None, o.flag("--objective", panel=o.HOW, help="validation or train.")] = None,
     sampler: Annotated[str | None, o.flag("--sampler", panel=o.HOW, help="tpe, random, qmc or gp.")] = None,
     pruner: Annotated[str | None, o.flag("--pruner", panel=o.HOW, help="median or none.")] = None,
-    storage: o.Storage = None,
     seed: o.Seed = None,
     threads: o.Threads = None,
-    device: Annotated[str | None, o.flag("--device", panel=o.WHERE, help="auto, cpu, cuda, …")] = None,
-    set_: o.Set = None,
+    device: o.Device = None,
+    storage: o.Storage = None,
     run_dir: o.RunDir = None,
     fresh: o.Fresh = False,
+    set_: o.Set = None,
     json: o.Json = False,
 ) -> None:
-    """Search learning rate and damping on the narrow proxy.
+    """Search learning rate and damping on a narrow proxy.
 
-    Example: mupx tune --model mlp --data fashion-mnist-14 --optimizer kfac --width 64 --trials 32
+    The same command continues a search that was stopped.
+
+    Example: mupx tune --optimizer kfac --width 64 --trials 32
     """
-    experiment = o.searched_experiment(o.sources(config, set_, context.params), o.wants_roles(search))
+    if search not in (None, "roles"):
+        raise unknown_name("--search", search or "", ["roles"])
+    flags = {name: value for name, value in context.params.items() if name not in ("config", "search")}
+    experiment = o.searched_experiment(o.sources(config, set_, flags), roles=search == "roles")
     folder = run_dir or Path("runs") / o.run_name(experiment)
-    from mupx.search.loop import tune
+
+    from mupx.parametrization import resolved
+    from mupx.search import tune
 
     with progress("trials") as advance:
 
-        def show(done: int, total: int, best: float | None, last: TrialInfo) -> None:
-            advance(done, total, f"best {number(best, 4)}  {last.outcome} at {parameters(last.params)}")
+        def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
+            advance(done, total, _trial_line(best, trial))
 
-        result = tune(experiment, run_dir=folder, fresh=fresh, progress=show)
-    for edge in result.edges:
-        warn(
-            f"the best {edge.param} {edge.value:.4g} lies at the {edge.side} end of its range; widen it with "
-            f"{edge.text} --fresh"
-        )
+        result = tune(resolved(experiment), run_dir=folder, fresh=fresh, progress=report)
+    if result.edges:
+        _warn_of_edges(context, result.edges)
     if json:
-        print_json(document(result))
+        print_json(_document(result))
     else:
-        _print(result)
+        _print(result, experiment.search.objective, experiment.scaling.width)
 
 
-def document(result: SearchResult) -> dict[str, Any]:
-    """Return the JSON document of a search."""
+def _trial_line(best: float | None, trial: TrialInfo) -> str:
+    value = "" if trial.outcome == "diverged" else f" {number(trial.value, 4)}"
+    return f"best {number(best, 4)}  trial {trial.number} {trial.outcome}{value}  {parameters(trial.params)}"
+
+
+def _document(result: SearchResult) -> dict[str, Any]:
     return {
         "run_dir": result.run_dir,
         "study": result.study,
         "storage": result.storage,
         "recipe": result.recipe,
-        "best": asdict(result.best),
-        "robust": asdict(result.robust),
+        "best": choice_json(result.best),
+        "robust": choice_json(result.robust),
         "counts": result.counts,
         "edges": [
             {"param": e.param, "side": e.side, "value": e.value, "widen": e.text} for e in result.edges
@@ -98,11 +115,36 @@ def document(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _print(result: SearchResult) -> None:
-    counted = ", ".join(f"{count} {name}" for name, count in result.counts.items() if name != "total")
+def _print(result: SearchResult, objective: str, width: int) -> None:
+    counts = {name: count for name, count in result.counts.items() if name != "total" and count}
+    say(f"study    {result.storage}#{result.study}")
+    say(f"trials   {', '.join(f'{count} {name}' for name, count in counts.items())}")
     for name, choice in (("best", result.best), ("robust", result.robust)):
-        say(f"{name:<7} trial {choice.trial:<4} loss {choice.value:.4f}  {parameters(choice.params)}")
-    say(f"trials  {result.counts['total']} ({counted})")
-    say(f"study   {result.storage}#{result.study}")
-    say(f"recipe  {result.recipe}")
-    say(f"next    mupx transfer {result.run_dir} --width 1024")
+        value = f"{objective} loss {choice.value:.4f}"
+        say(f"{name:<8} trial {choice.trial}: {value}  {parameters(choice.params)}")
+    if result.recipe is not None:
+        say(f"recipe   {result.recipe}")
+        say(f"next     mupx transfer {shlex.quote(str(result.run_dir))} --width {SCALE_UP * width}")
+
+
+def _warn_of_edges(context: typer.Context, edges: list[Edge]) -> None:
+    for edge in edges:
+        warn(f"the best {edge.param} {number(edge.value)} lies at the {edge.side} end of its range")
+    flags = [word for edge in edges for word in edge.text.split()]
+    replaced = {edge.param for edge in edges if edge.text.startswith(f"--{edge.param} ")}
+    words = [*_words(context, replaced | {"fresh", "json"}), *flags, "--fresh"]
+    warn(f"the optimum may lie outside; to search there: {shlex.join(words)}")
+
+
+def _words(context: typer.Context, without: set[str]) -> list[str]:
+    """Return the command line that was given, from its parsed flags; passwords are hidden."""
+    from mupx.study import redact
+
+    words = ["mupx", "tune"]
+    for name, value in context.params.items():
+        if name in without or value is None or value is False:
+            continue
+        option = [] if name == "config" else [f"--{name.rstrip('_').replace('_', '-')}"]
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            words += [*option, redact(str(item))]
+    return words
