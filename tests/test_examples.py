@@ -1,0 +1,25 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = {  # name: small arguments, and what its last lines must say
+    "01_tune_and_transfer.py": (
+        ["--base-width=8", "--width=16", "--trials=4", "--steps=15", "--threads=1"],
+        r"regret of the transferred recipe: [0-9.-]+",
+    ),
+    "02_own_model.py": ([], r"step 19  loss [01]\.\d+"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_every_example_runs(name, tmp_path):
+    arguments, expected = EXAMPLES[name]
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(expected, ended.stdout), ended.stdout
+    assert list(tmp_path.iterdir()) == []
