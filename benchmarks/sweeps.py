@@ -1,0 +1,188 @@
+"""Cells, lines and honest regret: what the transfer benchmarks share.
+
+A *cell* is one training run; it is trained once and kept as a line of a CSV file, so a benchmark that is
+interrupted continues, and a committed CSV prints its table without training anything. A *line* is a
+half-octave sweep of one hyperparameter through a point, extended until its optimum lies inside.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from mupx import config, training
+
+HALF_OCTAVE = 0.5
+REACH = 4  # half-octave steps on either side: ±2 octaves
+LONGEST = 30
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: everything its loss depends on within a benchmark's setting."""
+
+    setting: str
+    optimizer: str
+    damping_rule: str
+    parametrization: str
+    width: int
+    log2_lr: float
+    log2_damping: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a run; a diverged one has the untrained loss."""
+
+    outcome: str
+    train_loss: float
+    validation_loss: float
+    steps: int
+    seconds: float
+
+
+class Cells:
+    """Cells trained on demand and remembered in a CSV file."""
+
+    def __init__(self, path: Path, settings: dict[str, dict[str, object]], *, offline: bool = False) -> None:
+        self.path, self.settings, self.offline = path, settings, offline
+        self._known: dict[Cell, Outcome] = {}
+        self._data: dict[str, object] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    self._known[_typed(Cell, row)] = _typed(Outcome, row)
+
+    def __getitem__(self, cell: Cell) -> Outcome:
+        if cell not in self._known:
+            if self.offline:
+                raise KeyError(f"{cell} is not in {self.path}")
+            self._known[cell] = self._train(cell)
+            self._append(cell, self._known[cell])
+        return self._known[cell]
+
+    def known(self) -> Iterable[Cell]:
+        """Return the cells trained so far."""
+        return self._known.keys()
+
+    def _train(self, cell: Cell) -> Outcome:
+        setting = self.settings[cell.setting]
+        experiment = config.parse(
+            config.merge(
+                {},
+                {
+                    **setting,
+                    "optimizer.name": cell.optimizer,
+                    "optimizer.damping_rule": cell.damping_rule or None,
+                    "scaling.parametrization": cell.parametrization,
+                    "scaling.width": cell.width,
+                    "hyperparameters.lr": 2.0**cell.log2_lr,
+                    "hyperparameters.damping": 2.0**cell.log2_damping,
+                    "train.seed": cell.seed,
+                },
+            )
+        )
+        if cell.setting not in self._data:
+            self._data[cell.setting] = training.load_data(experiment)
+        result = training.train(experiment, data=self._data[cell.setting])  # type: ignore[arg-type]
+        ended = result.validation
+        validation = result.untrained["validation"] if ended is None else ended.loss
+        return Outcome(result.outcome, result.train_loss, validation, result.steps, round(result.seconds, 2))
+
+    def _append(self, cell: Cell, outcome: Outcome) -> None:
+        row = {**asdict(cell), **asdict(outcome)}
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One short write in append mode: processes that share the file do not tear each other's lines.
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _typed(kind: type, row: dict[str, str]) -> object:
+    casts = {"int": int, "float": float, "str": str}
+    return kind(**{f.name: casts[str(f.type)](row[f.name]) for f in fields(kind)})
+
+
+def mean_loss(cells: Cells, cell: Cell, seeds: Sequence[int], key: str = "train_loss") -> float:
+    """Return the mean over seeds of a cell's loss."""
+    return sum(getattr(cells[replace(cell, seed=seed)], key) for seed in seeds) / len(seeds)
+
+
+def line(cells: Cells, centre: Cell, axis: str, seeds: Sequence[int]) -> list[Cell]:
+    """Sweep ``axis`` (``log2_lr`` or ``log2_damping``) through ``centre`` in half-octave steps.
+
+    The line reaches at least two octaves to either side and grows until its optimum is two steps inside.
+    """
+    low, high = -REACH, REACH
+    while True:
+        points = [
+            replace(centre, **{axis: getattr(centre, axis) + HALF_OCTAVE * i}) for i in range(low, high + 1)
+        ]
+        losses = [mean_loss(cells, point, seeds) for point in points]
+        best = losses.index(min(losses))
+        if len(points) > LONGEST or 2 <= best < len(points) - 2:
+            return points
+        low, high = (low - 2, high) if best < 2 else (low, high + 2)
+
+
+def best_of(cells: Cells, points: Sequence[Cell], seeds: Sequence[int]) -> Cell:
+    """Return the point with the lowest mean loss over ``seeds``."""
+    return min(points, key=lambda point: mean_loss(cells, point, seeds))
+
+
+def robust_of(cells: Cells, points: Sequence[Cell], seeds: Sequence[int]) -> Cell:
+    """Return the point of a line whose mean with its two neighbours is lowest: not the edge of a cliff."""
+    losses = [mean_loss(cells, point, seeds) for point in points]
+    smooth = {i: sum(losses[i - 1 : i + 2]) / 3 for i in range(1, len(points) - 1)}
+    return points[min(smooth, key=smooth.__getitem__)]
+
+
+def tune_base(cells: Cells, start: Cell, axes: Sequence[str], seeds: Sequence[int]) -> Cell:
+    """Tune lr and damping in turn at the base width until neither moves."""
+    best = start
+    for _ in range(5):
+        before = best
+        for axis in axes:
+            best = best_of(cells, line(cells, best, axis, seeds), seeds)
+        if best == before:
+            break
+    return best
+
+
+def regret(
+    cells: Cells, chosen: Cell, points: Sequence[Cell], seeds: Sequence[int], key: str = "train_loss"
+) -> list[float]:
+    """Return one honest regret per seed: L(chosen) − L(best), the best chosen without that seed.
+
+    Choosing and judging on different seeds keeps the minimum of noise out of the comparison; a
+    negative value means that the point chosen at this width was no better on the seed it is judged on.
+    """
+    result = []
+    for judge in seeds:
+        others = [seed for seed in seeds if seed != judge]
+        rival = best_of(cells, points, others)
+        result.append(
+            getattr(cells[replace(chosen, seed=judge)], key) - getattr(cells[replace(rival, seed=judge)], key)
+        )
+    return result
+
+
+def set_threads(threads: int) -> str:
+    """Set torch's threads and return a line that states machine and versions."""
+    torch.set_num_threads(threads)
+    return f"torch {torch.__version__}, {threads} thread(s), {os.cpu_count()} cores, CPU"
+
+
+def octaves(a: float, b: float) -> float:
+    """Return how many octaves b lies above a (both log2), cleaned of −0.0."""
+    return math.fsum((b, -a)) or 0.0
