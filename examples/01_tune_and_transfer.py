@@ -34,6 +34,7 @@ def experiment(arguments: argparse.Namespace, **changes: object) -> mupx.Experim
                 "model.name": "mlp",
                 "data.name": "fashion-mnist-14",
                 "optimizer.name": "kfac",
+                "optimizer.damping_rule": arguments.damping_rule,
                 "scaling.base_width": arguments.base_width,
                 "scaling.width": arguments.base_width,
                 "search.trials": arguments.trials,
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--base-width", type=int, default=64)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--damping-rule", default="trace", help="trace, absolute, pi or exact")
     parser.add_argument("--steps", type=int, help="steps per run (default: one pass)")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

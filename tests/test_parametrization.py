@@ -183,6 +183,7 @@ def table_of(build: Callable[[int], nn.Module], base: int, width: int, **values:
 
 
 def test_initialise_is_the_identity_at_base_width() -> None:
+    torch.manual_seed(77)  # not the draw the description was measured on
     model = everything(16)
     before = copy.deepcopy(model.state_dict())
     initialise(model, table_of(everything, 16, 16))
@@ -348,6 +349,17 @@ def test_the_schedule_factor_is_allowed_for() -> None:
     check_groups(optimizer, layers, factor=0.25)
     with pytest.raises(MismatchError):
         check_groups(optimizer, layers, factor=0.5)
+
+
+@pytest.mark.parametrize(("deviation", "refused"), [(1e-12, False), (1e-7, True)])
+def test_rounding_is_no_overwriting(deviation: float, refused: bool) -> None:
+    optimizer, layers = overwritten("momentum", 0.0)
+    optimizer.param_groups[0]["lr"] *= 1 + deviation
+    if refused:
+        with pytest.raises(MismatchError, match=r"lr of 0\.weight"):
+            check_groups(optimizer, layers)
+    else:
+        check_groups(optimizer, layers)
 
 
 def test_a_missing_group_is_found() -> None:

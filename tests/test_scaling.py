@@ -146,6 +146,31 @@ def test_shampoo_with_blocks_and_depth(E: float, depth: float, blocks: float) ->
     assert relative.damping_A == relative.damping_B == 1.0
 
 
+@pytest.mark.parametrize(
+    ("rule", "lr", "ridge_A", "ridge_B", "eps"),
+    [
+        (RULES["sgd"], 1, None, None, None),
+        (RULES["adamw"], 0, None, None, -1),
+        (RULES["muon"], 0, None, None, -1),
+        (RULES["soap"], 0, None, None, -1),
+        (RULES["kfac"], -1, 0, -2, None),
+        (RULES["foof"], 1, 0, None, None),
+        (kronecker("half", 0.5, 0.5, "", "", "derived"), 0, 0, -2, None),
+        (RULES["shampoo"], 0, -2, -2, None),
+        (RULES["shampoo-half"], -1, -2, -2, None),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_depth_exponents_inside_residual_branches(
+    rule: ScalingRule, lr: int, ridge_A: int | None, ridge_B: int | None, eps: int | None
+) -> None:
+    scale = at(rule, "hidden", 1.0, depth=3.0)
+    expected = [None if power is None else 3.0**power for power in (lr, ridge_A, ridge_B, eps)]
+    assert [scale.lr, scale.damping_A, scale.damping_B, scale.eps] == [
+        None if value is None else pytest.approx(value) for value in expected
+    ]
+
+
 @pytest.mark.parametrize(("entry", "name"), [("sgd", "sgd"), ("adam", "adamw"), ("kfac_Binv_only", "kfac")])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_biases(entry: str, name: str, width: float) -> None:

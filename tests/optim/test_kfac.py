@@ -137,6 +137,14 @@ def joined(updates: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("rule", ["pi", "exact"])
+def test_a_single_damping_ignores_the_ratio(rule: str) -> None:
+    plain, split = (update("kfac_mlp_bias", "empirical", rule, damping_ratio=r) for r in (1.0, 9.0))
+    assert all(torch.equal(plain[name], split[name]) for name in plain)
+    plain, split = (update("kfac_mlp_bias", "empirical", "trace", damping_ratio=r) for r in (1.0, 9.0))
+    assert not torch.allclose(plain["2.weight"], split["2.weight"])
+
+
 class TestWrongVariants:
     """Each stored variant of another convention is told apart from ours."""
 

@@ -27,7 +27,7 @@ from mupx.optim.shampoo import moments, roots
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import batches, make, train
 
-STEPS, REFRESH, STALENESS, EMA, BETAS = 7, 3, 0.5, 0.9, (0.9, 0.99)
+STEPS, REFRESH, STALENESS, EMA, BETAS = 7, 3, 0.5, 0.5, (0.9, 0.99)
 Values = dict[str, Tensor]
 
 

@@ -68,6 +68,22 @@ def step(G: Tensor, **options: Any) -> Tensor:
     return -weight.detach()
 
 
+@pytest.mark.parametrize(("ratio", "agrees"), [(4.0, True), (0.25, False)])
+def test_damping_ratio_is_input_side_over_output_side(ratio: float, agrees: bool) -> None:
+    # With a single gradient the two sides have the same spectrum and could be swapped unseen.
+    first, second = torch.randn(2, 3, 4, dtype=torch.double)
+    weight = nn.Parameter(torch.zeros_like(first))
+    optimizer = Shampoo([weight], lr=1.0, damping=0.1, damping_ratio=ratio, damping_rule="absolute")
+    for G in (first, second):
+        before = weight.detach().clone()
+        weight.grad = G.clone()
+        optimizer.step()
+    L, R = ((a + b) / 2 for a, b in zip(moments(first), moments(second), strict=True))
+    root_L, root_R = roots(L, R, 0.05, 0.2, "absolute")
+    update = before - weight.detach()
+    assert torch.allclose(update, root_L @ second @ root_R, rtol=1e-6) == agrees
+
+
 def test_convolution_weights_are_flattened() -> None:
     G = torch.randn(4, 3, 2, 2, dtype=torch.double)
     torch.testing.assert_close(step(G).flatten(1), step(G.flatten(1)))

@@ -1,0 +1,57 @@
+"""What the README says must exist: files, commands, flags, make targets, the table's numbers."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mupx.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = re.compile(r"^\| (?:adamw|kfac|sgd|shampoo) .*$", re.M)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
+def test_every_linked_file_exists(link):
+    assert (ROOT / link).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:mupx|benchmarks|examples)/[\w/]+\.\w+", README))))
+def test_every_named_file_exists(path):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("verb", sorted(set(re.findall(r"`mupx (\w+)|\$ mupx (\w+)", README))))
+def test_every_verb_exists(verb):
+    assert CliRunner().invoke(app, [verb[0] or verb[1], "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.M))))
+def test_every_make_target_exists(target):
+    assert re.search(rf"^{target[0] or target[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_the_readme_prints_the_rows_that_the_committed_results_give():
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "transfer.py"),
+        "--table",
+        "--widths",
+        "64",
+        "512",
+        "1024",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = [_numbers(row) for row in TABLE.findall(ended.stdout)]
+    stated = [row for row in TABLE.findall(README) if row.count("|") > 8]
+    assert stated
+    for row in stated:
+        assert any(set(_numbers(row)) <= set(full) for full in printed), row
+
+
+def _numbers(row):
+    return [cell.strip() for cell in row.split("|")]
