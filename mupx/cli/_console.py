@@ -68,12 +68,17 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number briefly.
+    """Write a number in few characters: a small one with an exponent, which is narrower than zeros.
 
     >>> number(0.0009765625), number(None), number(16.0)
-    ('0.000977', '–', '16')
+    ('9.77e-4', '–', '16')
     """
-    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+    if value is None or not math.isfinite(value):
+        return NONE
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.{digits}g}"
 
 
 def parameters(values: Mapping[str, float], most: int | None = None) -> str:
@@ -99,13 +104,17 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    rows, heads = list(rows), [name.replace("_", "\n") if len(name) > 7 else name for name in columns]
+    console = out()
+    natural = sum(
+        max(map(len, [*head.split("\n"), *cells])) for head, *cells in zip(heads, *rows, strict=True)
     )
-    for index, name in enumerate(columns):
-        head = Text(name.replace("_", "\n") if len(name) > 7 else name)
+    gap = 1 if natural + 2 * len(heads) - 2 <= console.width else 0  # one more than the divider's space
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.padding = (0, gap, 0, 0)
+    for index, head in enumerate(heads):
         table.add_column(
-            head,
+            Text(head),
             justify="left" if index < left else "right",
             overflow="fold",
             no_wrap=index != folded,
@@ -113,7 +122,8 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    out().print(table)
+    console.print(table)
+    say()
 
 
 @contextmanager

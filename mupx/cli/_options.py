@@ -169,9 +169,9 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
         UsageError: An unknown key or name, a value out of range, or nothing left to search.
     """
     document = combined(documents)
-    scaling = document.get("scaling")
-    if isinstance(scaling, dict) and "width" in scaling:
-        scaling["base_width"] = scaling.get("base_width", scaling["width"])
+    width = _base_width(documents)
+    if width is not None:
+        document = config.merge(document, {"scaling.base_width": width, "scaling.width": width})
     _take_space(document)
     plain = config.parse(document)
     check_names(plain)
@@ -180,9 +180,7 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
         raise UsageError(
             "every hyperparameter has a fixed value; give a range to search, such as --lr 1e-3:1"
         )
-    return config.parse(
-        config.merge(document, {"search.space": space, "scaling.width": plain.scaling.base_width})
-    )
+    return config.parse(config.merge(document, {"search.space": space}))
 
 
 def combined(documents: Sequence[Document]) -> Document:
@@ -215,8 +213,10 @@ def check_names(experiment: Experiment) -> None:
         if name not in registry:
             raise unknown_name(registry.kind, name, registry)
     find_parametrization(experiment.scaling.parametrization)
-    if optimizer.damping_rule is not None and find_rule(optimizer.name).damping:
-        find_rule(optimizer.name).damping_scale(optimizer.damping_rule)
+    rule = find_rule(optimizer.name)
+    if optimizer.damping_rule is not None and not rule.damping:
+        raise UsageError(f"{rule.name} has no damping, but a damping rule is given; leave it out")
+    rule.damping_scale(optimizer.damping_rule)
 
 
 def require_positive(option: str, value: float) -> None:
@@ -229,6 +229,15 @@ def run_name(experiment: Experiment) -> str:
     """Return the default name of a search's run folder."""
     e = experiment
     return f"{e.model.name}-{e.data.name}-{e.optimizer.name}-w{e.scaling.width}"
+
+
+def _base_width(documents: Sequence[Document]) -> Any:
+    """Return the base width, or else the width, that the strongest source states."""
+    for document in reversed(documents):
+        scaling = document.get("scaling")
+        if isinstance(scaling, dict) and scaling.keys() & {"base_width", "width"}:
+            return scaling.get("base_width", scaling.get("width"))
+    return None
 
 
 def _take_space(document: Document) -> Document:

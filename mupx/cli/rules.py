@@ -69,6 +69,8 @@ def command(
     )
     for line in formulas(rule, law, damping):
         say(line)
+    if not treats_biases(rule):
+        say(f"vector         by {rule.fallback}, which takes what {rule.name} does not treat")
     if named and len(rule.damping) > 1:
         say(f"damping rules  {', '.join(rule.damping)} (--damping-rule)")
 
@@ -76,15 +78,22 @@ def command(
 def rule_rows(
     rule: ScalingRule, law: Parametrization, width_mult: float, depth_mult: float, damping_rule: str | None
 ) -> list[dict[str, str | float | None]]:
-    """Return one row of multipliers per role."""
+    """Return one row of multipliers per role; a bias the rule does not treat follows its fallback."""
     rows = []
     for role in ROLES:
         r_in, r_out = role_ratios(role, width_mult)
         depth = depth_mult if role in IN_BRANCHES else 1.0
-        scale = law.scale(rule, role, r_in, r_out, depth=depth, damping_rule=damping_rule)
+        own = rule if role != "vector" or treats_biases(rule) else find_rule(rule.fallback)
+        named = damping_rule if own is rule else None
+        scale = law.scale(own, role, r_in, r_out, depth=depth, damping_rule=named)
         values = {name: getattr(scale, name) for name in COLUMNS[2:]}
-        rows.append({"role": role, "r_in": r_in, "r_out": r_out, **values, "source": rule.source})
+        rows.append({"role": role, "r_in": r_in, "r_out": r_out, **values, "source": own.source})
     return rows
+
+
+def treats_biases(rule: ScalingRule) -> bool:
+    """Whether biases follow the rule itself."""
+    return rule.kinds is None or "linear.bias" in rule.kinds
 
 
 def formulas(rule: ScalingRule, law: Parametrization, damping: DampingScale) -> list[str]:

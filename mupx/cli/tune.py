@@ -11,7 +11,6 @@ import typer
 from mupx.cli import _options as o
 from mupx.cli._console import number, parameters, print_json, progress, say, warn
 from mupx.cli._sources import choice_json
-from mupx.errors import unknown_name
 
 if TYPE_CHECKING:
     from mupx.search import Edge, SearchResult, TrialInfo
@@ -72,10 +71,8 @@ def command(
 
     Example: mupx tune --optimizer kfac --width 64 --trials 32
     """
-    if search not in (None, "roles"):
-        raise unknown_name("--search", search or "", ["roles"])
     flags = {name: value for name, value in context.params.items() if name not in ("config", "search")}
-    experiment = o.searched_experiment(o.sources(config, set_, flags), roles=search == "roles")
+    experiment = o.searched_experiment(o.sources(config, set_, flags), roles=o.wants_roles(search))
     folder = run_dir or Path("runs") / o.run_name(experiment)
 
     from mupx.parametrization import resolved

@@ -129,3 +129,66 @@ def test_an_error_of_mupx_itself_is_exit_1_and_says_so(run, monkeypatch):
     ended = run("rules", "kfac")
     assert ended.code == 1
     assert "bug in mupx" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["transfer", "{run}"], 2, "--width 1024"),
+        (["transfer", "{run}", "--width", "16", "--lr", "0.1"], 2, "--lr"),
+        (["transfer", "{run}", "--width", "16", "--pick", "bset"], 2, "best, robust"),
+        (["transfer", "{run}", "--width", "16", "--pick", "99"], 3, "has no trial 99"),
+        (["transfer", "{run}/recipe.toml", "--width", "16", "--pick", "1"], 2, "one choice"),
+        (["transfer", "{run}/recipe.toml", "--width", "16", "-o", "{run}/recipe.toml"], 2, "another name"),
+        (["transfer", "{run}/study.db#other", "--width", "16"], 3, "no study 'other'"),
+        (["transfer", "--width", "16", "--base-width", "8", "--lr", "0.1"], 2, "--damping"),
+        (["transfer", "--width", "16", "--base-width", "8", "--lr", "0.1:1", "--damping", "1"], 2, "a range"),
+        (["train", "{run}/recipe.toml", "--set", "train.stepz=3"], 2, "did you mean 'steps'"),
+        (["train", "{run}/recipe.toml", "--device", "tpu9"], 2, "tpu9"),
+        (["train", "{run}/study.json"], 2, "not valid TOML"),
+        (["status", "{run}/study.db#other"], 3, "no study 'other'"),
+        (["rules", "kfac", "--damping-rule", "traec"], 2, "did you mean 'trace'"),
+        (["rules", "sgd", "--parametrization", "mop"], 2, "did you mean 'mup'"),
+        (["tune", "--lr", "0.1", "--damping", "0.1"], 2, "give a range"),
+        (["tune", "--optimizer", "sgd", "--damping-rule", "trace"], 2, "sgd has no damping"),
+    ],
+)
+def test_a_wrong_argument_leaves_everything_as_it_was(run, tuned, tmp_path, arguments, code, message):
+    before = {path: path.read_bytes() for path in tuned.iterdir() if path.suffix in (".toml", ".json")}
+    ended = run(*(argument.format(run=tuned) for argument in arguments))
+    assert ended.code == code, ended.err
+    assert message in ended.message
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.rglob("study.db"))
+
+
+def test_a_config_is_no_recipe(run, tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nsteps = 3\n")
+    ended = run("train", "c.toml")
+    assert ended.code == 4
+    assert "no recipe" in ended.message
+
+
+def test_a_file_that_is_no_toml_is_refused_with_its_line(run, tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nsteps = \n")
+    ended = run("tune", "c.toml")
+    assert ended.code == 2
+    assert "line 2" in ended.message
+
+
+def test_an_empty_folder_is_neither_study_nor_run(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for verb in (["status", "empty"], ["report", "empty"], ["transfer", "empty", "--width", "16"]):
+        ended = run(*verb)
+        assert ended.code == 3, ended.err
+        assert "empty" in ended.message
+
+
+def test_a_study_of_another_program_is_refused(run, tmp_path):
+    import optuna
+
+    url = f"sqlite:///{tmp_path}/other.db"
+    optuna.create_study(storage=url, study_name="other")
+    ended = run("status", f"{url}#other")
+    assert ended.code == 4
+    assert "not made by mupx" in ended.message

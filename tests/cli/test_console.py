@@ -29,7 +29,7 @@ def test_a_table_in_a_narrow_terminal_cuts_nothing_off(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 60
-    assert LONG in "".join(line.split(" ")[1] for line in text.splitlines() if line.startswith(" "))
+    assert LONG in "".join(line.partition(" ")[0] for line in text.splitlines())
 
 
 def test_a_table_in_a_pipe_keeps_a_name_in_one_piece(capsys, monkeypatch):
@@ -105,7 +105,15 @@ def test_a_pipe_gets_neither_bar_nor_colour():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0009765625, "0.000977"), (None, "–"), (float("nan"), "–"), (16.0, "16"), (1e-8, "1e-08")],
+    [
+        (0.0009765625, "9.77e-4"),
+        (None, "–"),
+        (float("nan"), "–"),
+        (16.0, "16"),
+        (1e-8, "1e-8"),
+        (-0.0001, "-1e-4"),
+        (0.0, "0"),
+    ],
 )
 def test_numbers_are_brief(value, text):
     assert console.number(value) == text

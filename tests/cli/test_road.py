@@ -1,5 +1,6 @@
 """tune → transfer → train on real images, and what each verb prints."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_rules_prints_multipliers_per_role(run):
     assert "kfac" in run("rules").out
 
 
+def test_the_rules_of_a_bias_are_those_of_the_optimizer_that_treats_it(run):
+    def vector(name):
+        rows = run("rules", name, "--width-mult", 16, "--json").json["rows"]
+        return {row["role"]: row for row in rows}["vector"]
+
+    assert vector("shampoo") == vector("adamw")
+    assert vector("kfac") != vector("adamw")
+    assert "vector         by adamw" in run("rules", "shampoo").out
+
+
 def test_a_search_of_roles_searches_them(run):
     ended = run(*TUNE, "--search", "roles", "--run-dir", "roles", "--json")
     assert {"lr_mult_input", "init_mult_output", "output_scale", "momentum"} <= ended.json["best"][
@@ -190,3 +201,114 @@ def test_fresh_moves_the_old_folder_aside(run, tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "run")
     assert run(*TUNE, "--run-dir", "run", "--fresh").code == 0
     assert (tmp_path / "run.old-1" / "study.db").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "{run}"],
+        ["report", "{run}"],
+        ["report", "{run}", "--csv", "t.csv", "--png", "figures"],
+        ["transfer", "{run}", "--width", "16", "--pick", "robust", "-o", "w.toml"],
+        ["rules", "kfac", "--json"],
+    ],
+)
+def test_what_a_study_holds_is_read_without_torch(tuned, tmp_path, arguments):
+    script = (
+        "import sys\nfrom mupx.cli import app\n"
+        "code = app(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(code or ('torch' in sys.modules) * 99)"
+    )
+    given = [argument.format(run=tuned) for argument in arguments]
+    python = [sys.executable, "-c"]
+    ended = subprocess.run([*python, script, *given], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    wrong = subprocess.run([*python, f"import torch\n{script}", *given], capture_output=True, cwd=tmp_path)
+    assert wrong.returncode == 99
+
+
+def test_start_up_is_quick(tmp_path):
+    import time
+
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mupx", "--help"], capture_output=True, check=True, cwd=tmp_path)
+    assert time.perf_counter() - started < 3  # importing torch alone takes about as long on a slow disk
+
+
+def test_an_optimum_at_an_edge_comes_with_the_command_that_widens_the_range(run):
+    flags = ["--optimizer", "sgd", "--lr", "1e-4:2e-4", "--sampler", "qmc", "--trials", "4"]
+    ended = run(*TUNE[:5], "--width", 8, "--steps", 10, "--threads", 1, *flags, "--run-dir", "a run")
+    assert ended.code == 0, ended.err
+    line = next(line for line in ended.err.splitlines() if "to search there: " in line)
+    command = shlex.split(line.partition("to search there: ")[2])
+    assert command[:2] == ["mupx", "tune"]
+    assert command.count("--lr") == 1
+    again = run(*command[1:], "--json")
+    assert again.code == 0, again.err
+    assert again.json["best"]["params"]["lr"] > ended_lr(run, "a run.old-1")
+
+
+def ended_lr(run, folder):
+    return run("status", folder, "--json").json["best"]["params"]["lr"]
+
+
+def test_transfer_and_status_name_what_they_wrote(run, tuned, tmp_path):
+    ended = run("transfer", tuned, "--width", 16, "-o", "sub/w.toml")
+    assert "mupx train sub/w.toml" in ended.out
+    assert (tmp_path / "sub" / "w.toml").exists()
+    assert run("transfer", "sub/w.toml", "--width", 32).code == 0
+    assert (tmp_path / "sub" / "w-w32.toml").exists()
+    assert run("transfer", "sub/w-w32.toml", "--width", 64, "--json").json["recipe"] == "sub/w-w64.toml"
+
+
+def test_a_table_of_an_ordinary_model_fits_80_columns(run, tuned, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for width in (16, 4096):
+        lines = run("transfer", tuned, "--width", width, "-o", "w.toml").out.splitlines()
+        rows = [line for line in lines if ".weight" in line or ".bias" in line]
+        assert len(rows) == 6  # no row takes two lines
+        assert max(map(len, rows)) <= 80
+
+
+def test_what_is_not_factored_is_listed_with_its_optimizer(run):
+    flags = ["--optimizer", "shampoo", "--base-width", 8, "--lr", ".1", "--damping", ".01"]
+    ended = run("transfer", *flags, "--width", 16, "-o", "w.toml", "--explain")
+    assert ended.code == 0, ended.err
+    assert "[adamw, for what shampoo does not treat: input.bias, hidden1.bias, output.bias]" in ended.out
+
+
+def test_the_robust_trial_can_be_picked(run, tuned):
+    robust = run("report", tuned, "--json").json["robust"]
+    run("transfer", tuned, "--width", 16, "--pick", "robust", "-o", "r.toml")
+    from pathlib import Path
+
+    from mupx.recipe import read
+
+    assert read(Path("r.toml")).experiment.hyperparameters.lr == robust["params"]["lr"]
+
+
+def test_another_seed_is_another_run_and_is_refused_in_the_same_folder(run, tuned):
+    run("transfer", tuned, "--width", 16, "-o", "w.toml")
+    first = run("train", "w.toml", "--run-dir", "run", "--json").json
+    refused = run("train", "w.toml", "--run-dir", "run", "--seed", 5)
+    assert refused.code == 4
+    assert "train.seed: 0 → 5" in refused.message
+    assert run("train", "w.toml", "--run-dir", "run", "--json").json == first
+    assert run("train", "w.toml", "--run-dir", "run", "--seed", 5, "--fresh").code == 0
+    assert run("train", "w.toml", "--run-dir", "run.old-1", "--json").json["train"] == first["train"]
+
+
+def test_report_of_a_run_writes_its_steps_and_curve(run, tuned, tmp_path):
+    run("transfer", tuned, "--width", 16, "-o", "w.toml")
+    run("train", "w.toml", "--run-dir", "run")
+    ended = run("report", "run", "--csv", "s.csv", "--png", "f", "--json")
+    assert ended.json["files"] == ["s.csv", "f/curves.png"]
+    assert (tmp_path / "s.csv").read_text().startswith("step,loss,lr_factor")
+
+
+def test_changing_the_model_at_train_describes_it_anew(run, tuned):
+    run("transfer", tuned, "--width", 16, "-o", "w.toml")
+    ended = run("train", "w.toml", "--run-dir", "deep", "--set", "model.args.depth=4", "--json")
+    assert ended.code == 0, ended.err
+    assert "model.args" in ended.err
+    assert run("transfer", "deep", "--width", 32, "-o", "d.toml", "--json").code == 0
