@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from mupx.curvature import EagerCapture, FactorSums, factorable_layers
 from mupx.errors import UsageError
 from mupx.losses import LOSSES
-from mupx.optim.kfac import KFAC, build_solver, ridges
+from mupx.optim.kfac import KFAC, build_solver, precondition, precondition_bias, ridges
+from mupx.parametrization import parametrize
 from tests import oracles
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import backward, make, one_update, train
 from tests.optim.training import batches as make_batches
-from tests.strategies import seeds
+from tests.strategies import rotation, seeds
 
 ARRAYS = {name: oracles.golden_arrays(name) for name in ("kfac_mlp_bias", "kfac_conv_nobias")}
 FISHERS = {"empirical": "emp", "mc": "mc", "exact": "exact"}
@@ -201,8 +202,6 @@ def test_factors_equal_loops_over_samples_and_positions(which: str, fisher: str)
 def test_exact_solver_equals_the_dense_twin_for_weights() -> None:
     A, B = (torch.randn(20, d, dtype=torch.double) for d in (4, 3))
     A, B, G = A.T @ A / 20, B.T @ B / 20, torch.randn(3, 4, dtype=torch.double)
-    from mupx.optim.kfac import precondition, precondition_bias
-
     solver, ok = build_solver(A, B, None, 0.1, 0.2, "exact")
     assert bool(ok)
     torch.testing.assert_close(precondition(G, solver), oracles.exact_update(A, B, G, 0.1))
@@ -384,8 +383,6 @@ def permute(model: nn.Sequential, order: Tensor) -> None:
 
 
 def test_adam_is_not_equivariant_to_rotating_inputs_but_kfac_is() -> None:
-    from tests.strategies import rotation
-
     Q = rotation(6, 3)
     data = make_batches(3, torch.double)
     for name, equivariant in (("kfac", True), ("adamw", False)):
@@ -401,3 +398,23 @@ def test_adam_is_not_equivariant_to_rotating_inputs_but_kfac_is() -> None:
             train(model, optimizer, [(x @ Q.T, y) for x, y in data] if rotated else data)
             finals.append(model[0].weight.detach() if rotated else model[0].weight.detach() @ Q.T)
         assert torch.allclose(*finals, rtol=1e-6, atol=1e-8) == equivariant
+
+
+@pytest.mark.parametrize("rule", ["absolute", "exact"])
+def test_biases_under_the_values_of_their_own_group(rule: str) -> None:
+    def build(width: int) -> nn.Module:
+        return small_mlp(width).double()
+
+    values = {"optimizer": "kfac", "lr": 1.0, "damping": 0.3, "damping_rule": rule}
+    model, groups = parametrize(build, width=32, base_width=8, **values)
+    optimizer = KFAC(groups, model, damping_rule=rule)
+    ridge = {g["param_names"][0]: g["damping_B"] for g in optimizer.param_groups}
+    # The weight's single ρ of `exact` follows A⊗B; its bias has B alone.
+    assert (ridge["2.weight"], ridge["2.bias"]) == (0.3 if rule == "exact" else 0.075, 0.075)
+    ((x, y),) = make_batches(1, torch.double)
+    backward(model, optimizer, x, y)
+    g = model[2].bias.grad.clone()
+    updates = one_update(model, optimizer)
+    B = optimizer.state[model[2].weight]["B"]
+    expected = torch.linalg.solve(B + 0.075 * torch.eye(32, dtype=torch.double), g)
+    torch.testing.assert_close(updates["2.bias"], expected, rtol=1e-8, atol=1e-10)
