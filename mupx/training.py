@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -411,6 +414,44 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(document, indent=1).encode())
 
 
+class AtStepEnd:
+    """Hold Ctrl-C and SIGTERM back until a step is finished and saved; the second one passes at once.
+
+    Interrupting inside a step would leave weights and optimizer state of two different steps. Outside
+    the main thread, where Python delivers no signals, nothing is held back.
+    """
+
+    def __init__(self) -> None:
+        self._pending: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._pending is not None:
+            self.release()
+        self._pending = number
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._pending is not None
+
+    def release(self) -> None:
+        """Deliver the signal that was held back, if any, to whoever handled it before."""
+        if self._pending is not None:
+            self.__exit__()
+            signal.raise_signal(self._pending)
+
+
 def _loop(
     run: Run,
     folder: RunFolder | None,
@@ -428,9 +469,13 @@ def _loop(
     if "validation" not in run.untrained:
         run.untrained["validation"] = run.evaluate(run.data.validation).loss
     while run.step < run.steps:
-        loss = run.advance()
-        if folder is not None:
-            folder.record(run, loss=_finite(loss), lr_factor=_last_factor(run))
+        with AtStepEnd() as stop:
+            loss = run.advance()
+            if folder is not None:
+                folder.record(run, loss=_finite(loss), lr_factor=_last_factor(run))
+                if stop.asked and math.isfinite(loss):
+                    folder.save(run)
+        stop.release()
         if run.diverged(loss):
             outcome = "diverged"
             break

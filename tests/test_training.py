@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mupx import config, training
+from mupx import checkpoint, config, training
 from mupx.errors import MismatchError, UsageError
 from mupx.training import schedule_factor, total_steps, train
 
@@ -103,7 +104,7 @@ def test_a_run_continued_from_a_checkpoint_equals_an_undisturbed_one(tmp_path, d
 def test_a_process_killed_with_signal_9_continues_to_the_same_numbers(tmp_path, data):
     script = f"""
 import os, signal
-from mupx import config, training
+from mupx import checkpoint, config, training
 chosen = config.parse(config.merge({{}}, {SMALL!r})).updated({{"train.checkpoint_every": 4}})
 def kill(step, steps, loss):
     if step == 7:
@@ -125,6 +126,25 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(tmp_path, 
     assert first.test is not None
     with pytest.raises(MismatchError, match=r"train\.steps: 12 → 13"):
         train(chosen.updated({"train.steps": 13}), data=data, run_dir=tmp_path)
+
+
+def test_ctrl_c_inside_a_step_finishes_the_step_and_saves_it(tmp_path, data, monkeypatch):
+    whole = train(experiment(), data=data, run_dir=tmp_path / "whole")
+    draw = training.Run.batch
+
+    def interrupted(run):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return draw(run)
+
+    chosen = experiment(train__checkpoint_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(chosen, data=data, run_dir=tmp_path / "cut")
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints").step == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(chosen, data=data, run_dir=tmp_path / "cut").train_loss == whole.train_loss
 
 
 def test_a_torn_last_line_of_the_metrics_is_dropped_on_resume(tmp_path, data):

@@ -106,8 +106,10 @@ def tune(
         UsageError: The objective raised the same exception three times in a row.
         StorageError: The storage does not work, or another process is running this study.
     """
+    from mupx.parametrization import resolved  # torch; the rest of this package does without
+
     run_dir = Path(run_dir)
-    experiment = with_space(experiment)
+    experiment = with_space(resolved(experiment))
     if fresh:
         set_aside(run_dir)
     url = experiment.search.storage or default_url(run_dir)
