@@ -261,8 +261,10 @@ def test_a_wrong_name_or_value_is_refused_before_the_first_step(changes, message
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 32])
 def test_the_cnn_trains_with_kfac(width):
-    chosen = experiment(model__name="myrtle5", scaling__width=width, train__steps=30, train__batch_size=64)
+    settings = {"train__steps": 60, "train__batch_size": 64, "optimizer__staleness": 0.05}
+    chosen = experiment(model__name="myrtle5", scaling__width=width, hyperparameters__lr=0.003, **settings)
     result = train(chosen)
+    assert result.outcome == "finished"
     assert result.validation.loss < 0.8 * result.untrained["validation"]
 
 
