@@ -40,6 +40,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return import_module("mupx.optim")
     if name not in _HOMES:
         raise AttributeError(f"module 'mupx' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

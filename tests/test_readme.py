@@ -53,5 +53,14 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         assert any(set(_numbers(row)) <= set(full) for full in printed), row
 
 
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bmupx\.(\w+(?:\.[A-Z]\w+)?)\(", README))))
+def test_every_name_of_the_python_interface_resolves_in_a_fresh_interpreter(name):
+    # A fresh one: here something else may have imported the submodule already.
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import mupx; mupx.{name}"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def _numbers(row):
     return [cell.strip() for cell in row.split("|")]
