@@ -9,16 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +26,7 @@ from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import MismatchError, UsageError
 from mupx.files import write_atomically
+from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
 from mupx.losses import LOSSES
 from mupx.models import MODELS
@@ -412,44 +410,6 @@ class RunFolder:
 
     def _write(self, name: str, document: Mapping[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(document, indent=1).encode())
-
-
-class AtStepEnd:
-    """Hold Ctrl-C and SIGTERM back until a step is finished and saved; the second one passes at once.
-
-    Interrupting inside a step would leave weights and optimizer state of two different steps. Outside
-    the main thread, where Python delivers no signals, nothing is held back.
-    """
-
-    def __init__(self) -> None:
-        self._pending: int | None = None
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._hold)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self._pending is not None:
-            self.release()
-        self._pending = number
-
-    @property
-    def asked(self) -> bool:
-        """Whether a signal has arrived."""
-        return self._pending is not None
-
-    def release(self) -> None:
-        """Deliver the signal that was held back, if any, to whoever handled it before."""
-        if self._pending is not None:
-            self.__exit__()
-            signal.raise_signal(self._pending)
 
 
 def _loop(
