@@ -1,8 +1,9 @@
 """The data sets ``--data`` knows: a name, and the ``load(directory=None)`` behind it.
 
-``fashion-mnist-14`` travels inside the package. The others are looked for in the folder you name,
-in ``$MUPX_DATA_DIR/<name>``, in ``/usr/share/datasets/<name>`` and in the user's cache, and are
-downloaded into that cache, checksum verified, when none of them has the files.
+``fashion-mnist-14`` travels inside the package and ``synthetic`` is made on the spot. The others are
+looked for in the folder you name, in ``$MUPX_DATA_DIR/<name>``, in ``/usr/share/datasets/<name>`` and
+in the user's cache, and are downloaded into that cache, checksum verified, when none of them has the
+files.
 """
 
 from mupx.registry import Registry
@@ -15,5 +16,6 @@ DATASETS = Registry(
         "fashion-mnist": "mupx.datasets.fashion_mnist:load",  # 55,000 / 5,000 / 10,000, 28×28
         "mnist": "mupx.datasets.mnist:load",  # 55,000 / 5,000 / 10,000, 28×28
         "cifar10": "mupx.datasets.cifar10:load",  # 45,000 / 5,000 / 10,000, 3×32×32
+        "synthetic": "mupx.datasets.synthetic:load",  # 12,800 / 1,000 / 1,000, 24 features, made from a seed
     },
 )
