@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DECOMPOSED = 256  # up to this size λmax comes from a full decomposition
+BLOCK = 8  # vectors of the subspace iteration: a plateau at λ₂ would have to hold nine eigenvalues
+
 
 def trace(factor: Tensor) -> Tensor:
     """Return tr(M), shape ``[...]``, of ``[..., d, d]``."""
@@ -56,6 +59,46 @@ def eigh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ok = usable(factor)
     values, vectors = torch.linalg.eigh(_replace_unusable(factor, ok))
     return values.clamp_min(0), vectors, ok
+
+
+def largest_eigenvalue(factor: Tensor, tolerance: float = 1e-5, iterations: int = 200) -> Tensor:
+    """Return λmax ``[...]`` of a symmetric positive semi-definite ``[..., d, d]``.
+
+    Small factors are decomposed; larger ones go through subspace iteration on a block of vectors, whose
+    Ritz value approaches λmax from below. Zero where the factor is zero or not finite.
+
+    Args:
+        factor: M, ``[..., d, d]``.
+        tolerance: Stop when the Ritz value changes by less than this fraction.
+        iterations: Stop at the latest after so many products.
+    """
+    ok = usable(factor)
+    safe = _replace_unusable(factor, ok)
+    # In units of its largest entry, so that squares of a tiny factor's entries do not underflow.
+    unit = safe.abs().amax((-2, -1))
+    safe = safe / unit[..., None, None]
+    if factor.shape[-1] <= DECOMPOSED:
+        value = torch.linalg.eigvalsh(safe)[..., -1]
+    else:
+        value = _subspace_iteration(safe, tolerance, iterations)
+    return torch.where(ok, value * unit, torch.zeros_like(value))
+
+
+def _subspace_iteration(factor: Tensor, tolerance: float, iterations: int) -> Tensor:
+    # A fixed pseudo-random start: vectors of ones would be orthogonal to every δ of a softmax.
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(factor.shape[-1], BLOCK, generator=generator).to(factor)
+    block = torch.linalg.qr(block.expand(*factor.shape[:-1], BLOCK))[0]
+    value = torch.zeros_like(factor[..., 0, 0])
+    for _ in range(iterations):
+        image = factor @ block
+        new = torch.linalg.eigvalsh(block.mT @ image)[..., -1]
+        block = torch.linalg.qr(image)[0]
+        settled = (new - value).abs() <= tolerance * new.abs()
+        value = new
+        if bool(settled.all()):
+            break
+    return value
 
 
 def inverse_root(factor: Tensor, root: float, ridge: Tensor | float, relative: bool) -> tuple[Tensor, Tensor]:

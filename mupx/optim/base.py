@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, get_args, overload
+from typing import Any, ClassVar, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ from mupx.scaling import WeightDecayMode, find_rule
 
 Groups = Iterable[Any]
 Scalar = Tensor | float
+
+
+class Scale(NamedTuple):
+    """How large a statistic of the update is, and the ridge that is added to it.
+
+    Attributes:
+        size: λmax of a factor, or the RMS of √v̂ (gradient units).
+        ridge: Damping or eps in the same units; None where none is added to this one.
+        trace: Trace of the factor; None where there is none.
+    """
+
+    size: float
+    ridge: float | None
+    trace: float | None = None
 
 
 def heavy_ball(update: Tensor, buffer: Tensor | None, momentum: Scalar) -> Tensor:
@@ -168,6 +182,17 @@ class Base(torch.optim.Optimizer):
             group["eps"],
         )
         return update
+
+    def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
+        """Return the sizes of the statistics behind a parameter's last update, by symbol.
+
+        ``v`` is Adam's: RMS of √v̂ against eps. Optimizers with curvature add ``A``, ``B`` or ``L``, ``R``.
+        """
+        state = self.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            return {}
+        square = state["exp_avg_sq"].mean().item() / (1 - group["betas"][1] ** state["step"])
+        return {"v": Scale(math.sqrt(square), float(group["eps"]))}
 
     def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the heavy-ball buffer after adding ``update``."""

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from mupx.curvature import EagerCapture, FactorSums, Layer, factorable_layers
-from mupx.linalg import damped_inverse, eigh, trace
+from mupx.linalg import damped_inverse, eigh, largest_eigenvalue, trace
 from mupx.losses import LOSSES, Loss
 from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
     Scalar,
+    Scale,
     finite_or,
     over,
     refresh_interval,
@@ -301,6 +302,33 @@ class KFAC(Base):
         owner = self._bias_owner[id(parameter)]
         solver = self.state[owner.weight]
         return self.momentum(parameter, precondition_bias(gradient, solver), group)
+
+    def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
+        """Return λmax of A and B with their ridges; a bias has B alone.
+
+        Exact damping adds its one ridge to ``AB``, the eigenvalues of A⊗B.
+        """
+        weight = self._bias_owner[id(parameter)].weight if id(parameter) in self._bias_owner else parameter
+        state = self.state.get(weight, {})
+        if group["algorithm"] != self.algorithm or state.get("A") is None or state.get("B") is None:
+            return super().scales(parameter, group)
+        A, B = state["A"], state["B"]
+        sizes = {"A": largest_eigenvalue(A).item(), "B": largest_eigenvalue(B).item()}
+        traces = {"A": trace(A).item(), "B": trace(B).item()}
+        if self.damping_rule == "exact":
+            ridge = float(group["damping_B"])
+            if weight is not parameter:
+                return {"B": Scale(sizes["B"], ridge, traces["B"])}
+            product = {"AB": Scale(sizes["A"] * sizes["B"], ridge, traces["A"] * traces["B"])}
+            return {**{key: Scale(size, None, traces[key]) for key, size in sizes.items()}, **product}
+        # A bias is preconditioned by its layer's solver, whose ridges are those of the weight's group.
+        own = next(g for g in self.param_groups if any(p is weight for p in g["params"]))
+        rho_A, rho_B = ridges(A, B, own["damping_A"], own["damping_B"], self.damping_rule)
+        pairs = {
+            "A": Scale(sizes["A"], rho_A.item(), traces["A"]),
+            "B": Scale(sizes["B"], rho_B.item(), traces["B"]),
+        }
+        return pairs if weight is parameter else {"B": pairs["B"]}
 
 
 def _layers_by_weight(model: nn.Module) -> dict[int, Layer]:

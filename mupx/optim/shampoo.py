@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from mupx.errors import UsageError
-from mupx.linalg import inverse_root
+from mupx.linalg import inverse_root, largest_eigenvalue, trace
 from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
     Scalar,
+    Scale,
     finite_or,
     refresh_interval,
     require_choice,
@@ -140,6 +141,19 @@ class Shampoo(Base):
             state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
         state["step"] = step + 1
         return self.momentum(parameter, update.view_as(gradient), group)
+
+    def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
+        """Return λmax and trace of L and R, the largest over blocks, with their ridges."""
+        state = self.state.get(parameter, {})
+        result = dict(super().scales(parameter, group))
+        for side, key in (("L", "damping_B"), ("R", "damping_A")):
+            factors = [state[name] for name in state if name.startswith(side) and name[1:].isdigit()]
+            if factors and all(factor is not None for factor in factors):
+                size = max(largest_eigenvalue(factor).item() for factor in factors)
+                unit = size if self.damping_rule == "relative" else 1.0
+                largest = max(trace(factor).item() for factor in factors)
+                result[side] = Scale(size, float(group[key]) * unit, largest)
+        return result
 
     def _refresh(
         self, state: dict[str, Any], index: int, block: Tensor, group: dict[str, Any], gap: int
