@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mupx.checks.runner import verify
     from mupx.config import Experiment, Hyperparameters
     from mupx.parametrization import param_groups, parametrize
     from mupx.recipe import Recipe, transfer
@@ -25,6 +26,7 @@ __all__ = [
     "train",
     "transfer",
     "tune",
+    "verify",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "train": "mupx.training",
     "transfer": "mupx.recipe",
     "tune": "mupx.search.loop",
+    "verify": "mupx.checks.runner",
 }
 
 

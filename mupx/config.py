@@ -72,7 +72,7 @@ class Hyperparameters(_Section):
     tensor of that role on top of the width rule; ``output_scale`` multiplies the logits.
     """
 
-    lr: Positive = 0.1
+    lr: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 0.1  # float32 overflows far above
     damping: Positive = 0.01
     damping_ratio: Positive = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0

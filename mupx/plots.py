@@ -58,7 +58,7 @@ def loss_map(
         marked: Trials to mark.
         label: What the colour is.
     """
-    with _figure(COLUMN, 2.9) as figure:
+    with styled_figure(COLUMN, 2.9) as figure:
         axes = figure.add_subplot()
         good = [t for t in trials if _usable(t)]
         _crosses(axes, [(t.params[x], t.params[y]) for t in trials if _diverged(t)])
@@ -94,7 +94,7 @@ def slices(trials: Sequence[FrozenTrial], space: Mapping[str, Range], marked: Ma
     names = sorted(space, key=lambda name: (name != "lr", name != "damping", name))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    with _figure(max(COLUMN, 2.35 * columns), 0.4 + 2.1 * rows) as figure:
+    with styled_figure(max(COLUMN, 2.35 * columns), 0.4 + 2.1 * rows) as figure:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(names) :]:
             axes.remove()
@@ -109,7 +109,7 @@ def slices(trials: Sequence[FrozenTrial], space: Mapping[str, Range], marked: Ma
 
 def trial_curves(trials: Sequence[FrozenTrial], marked: Marked, label: str) -> Figure:
     """Draw what every trial reported on the way; best and robust stand out."""
-    with _figure(COLUMN, 2.5) as figure:
+    with styled_figure(COLUMN, 2.5) as figure:
         axes = figure.add_subplot()
         named = {number: name for name, number in reversed(list(marked.items()))}
         untrained = [t.user_attrs["untrained"] for t in trials if "untrained" in t.user_attrs]
@@ -135,7 +135,7 @@ def run_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a training run: loss of each batch, its running mean, and the validation loss."""
     train = [(e["step"], e["loss"]) for e in entries if e.get("loss") is not None]
     validation = [(e["step"], e["validation_loss"]) for e in entries if e.get("validation_loss") is not None]
-    with _figure(COLUMN, 2.5) as figure:
+    with styled_figure(COLUMN, 2.5) as figure:
         axes = figure.add_subplot()
         if train:
             axes.plot(*zip(*train, strict=True), color="0.85", linewidth=0.5, zorder=1)
@@ -171,7 +171,7 @@ def running_mean(curve: Sequence[Point], size: int) -> list[Point]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG and return its path.
+    """Write a figure in the format its suffix names (PNG, SVG) and return its path.
 
     Raises:
         StorageError: The file cannot be written.
@@ -186,7 +186,8 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def styled_figure(width: float, height: float) -> Iterator[Figure]:
+    """Make a figure of ``width`` × ``height`` inches in the house style."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)

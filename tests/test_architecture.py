@@ -40,6 +40,8 @@ LEVELS = {
     "mupx.report": 8,
     "mupx.plots": 8,
     "mupx.tables": 8,
+    "mupx.check_report": 8,
+    "mupx.check_plots": 8,
     "mupx.cli": 9,
     "mupx.__main__": 10,
 }

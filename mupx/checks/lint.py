@@ -1,0 +1,202 @@
+"""What is known to break transfer before anything is trained, each with the effect it predicts.
+
+Every finding states what was found, what follows in numbers, and what to change. Findings of level
+``error`` fail a verification by themselves; ``warning`` and ``note`` tell a reader where to look when a
+measured check fails. Sources: arXiv:2312.12226 §4 (IK), 2512.05620 (Q), and slopes measured for mupx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mupx.checks.curvature_orders import ORDERS, RIDGES, SIZES
+from mupx.config import Experiment
+from mupx.errors import MismatchError
+from mupx.layers import Layer, Parameter, derive
+from mupx.parametrization import check_groups
+from mupx.training import Run
+
+KRONECKER = ("kfac", "foof", "backward-only", "gauss-newton")
+FLAT = 0.05  # exponents closer to zero than this are rounding
+# Trace damping ρ'·N → slope of |Δh| at the read-out, one step, K-FAC μP, batch N = 64, up to width 2048.
+UNDER_DAMPED = ((0.0064, -0.56), (0.064, -0.28), (0.19, -0.12), (0.64, -0.01))
+ENOUGH = 0.25  # ρ·N/tr below which the slope exceeds a tenth
+SCHEDULE_STEPS = (0.0, 0.25, 0.5, 0.9)  # parts of the run at which the groups are compared with the table
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know before trusting a transfer.
+
+    Attributes:
+        code: Short name, stable over versions.
+        level: ``error`` fails the verification.
+        text: What was found, what it does, what to change.
+        slope: Predicted exponent of width by which something leaves its order, where there is one.
+    """
+
+    code: str
+    level: Level
+    text: str
+    slope: float | None = None
+
+
+def examine(
+    experiment: Experiment,
+    parameters: Sequence[Parameter],
+    classes: int,
+    widest: int,
+    provenance: Mapping[str, Any] | None = None,
+) -> list[Finding]:
+    """Check an experiment without training.
+
+    Args:
+        experiment: With its damping rule filled in.
+        parameters: Its parameters.
+        classes: Number of classes of the data.
+        widest: Largest width that is to be verified.
+        provenance: Of the recipe, which knows what was overridden.
+    """
+    base, wide = (
+        derive(parameters, experiment.updated({"scaling.width": width}))
+        for width in (experiment.scaling.base_width, widest)
+    )
+    return [
+        *_pi(experiment),
+        *_ridges(experiment, base, wide),
+        *_zero_head(experiment, parameters),
+        *_clipping(experiment),
+        *_narrow(experiment, classes),
+        *_differences(provenance or {}),
+    ]
+
+
+def flattened(run: Run) -> list[Finding]:
+    """Check that the schedule keeps the ratios between groups, at several points of the run."""
+    step = run.step
+    try:
+        for part in SCHEDULE_STEPS:
+            run.step = int(part * run.steps)
+            run.set_learning_rates()
+            check_groups(run.optimizer, run.layers, run.factor)
+    except MismatchError as error:
+        return [
+            Finding(
+                "schedule-flattens-groups",
+                "error",
+                f"the schedule overwrites the groups' learning rates ({error}); each layer then leaves its "
+                "order by its own lr multiplier: scale every group by one factor instead",
+            )
+        ]
+    finally:
+        run.step = step
+        run.set_learning_rates()
+    return []
+
+
+def under_damped(ridge_share: float) -> float:
+    """Return the slope predicted for ρ·N/tr of a batch-sized factor, N examples in the batch.
+
+    >>> round(under_damped(0.064), 2)
+    -0.28
+    """
+    shares, slopes = zip(*UNDER_DAMPED, strict=True)
+    return float(np.interp(math.log(max(ridge_share, 1e-12)), np.log(shares), slopes))
+
+
+def _pi(experiment: Experiment) -> Iterator[Finding]:
+    if experiment.optimizer.damping_rule == "pi":
+        yield Finding(
+            "pi-damping",
+            "warning",
+            "π-damping is not width-invariant: the input layer's update shrinks up to 1/width, and at the "
+            "output ρ_A vanishes against λmax(A); use optimizer.damping_rule trace (or absolute)",
+            -1.0,
+        )
+
+
+def _ridges(experiment: Experiment, base: Sequence[Layer], wide: Sequence[Layer]) -> Iterator[Finding]:
+    """Compare each ridge's exponent in the table with that of what it is added to."""
+    worst: dict[str, tuple[float, str]] = {}
+    for narrow, layer in zip(base, wide, strict=True):
+        growth = max(layer.r_in, layer.r_out)
+        for symbol, value, start in _pairs(experiment, layer, narrow):
+            if growth == 1 or not (value and start):
+                continue
+            off = math.log(value / start / ORDERS[symbol](layer.r_in, layer.r_out)) / math.log(growth)
+            if abs(off) > FLAT and abs(off) > abs(worst.get(symbol, (0.0, ""))[0]):
+                worst[symbol] = (off, layer.name)
+    for symbol, (off, name) in worst.items():
+        yield Finding(
+            "unscaled-eps" if symbol == "v" else "unscaled-ridge",
+            "warning",
+            f"{RIDGES[symbol]} does not follow {SIZES[symbol]}: their ratio at {name} goes as "
+            f"width^{off:+.2g}; under parametrization mup it is flat, and a relative damping rule needs no "
+            "multiplier",
+            off,
+        )
+
+
+def _pairs(
+    experiment: Experiment, layer: Layer, base: Layer
+) -> Iterator[tuple[str, float | None, float | None]]:
+    rule = experiment.optimizer.damping_rule
+    if layer.eps is not None:
+        yield "v", layer.eps, base.eps
+    if rule == "absolute":
+        A, B = ("R", "L") if layer.optimizer.startswith("shampoo") else ("A", "B")
+        yield A, layer.damping_A, base.damping_A
+        yield B, layer.damping_B, base.damping_B
+    if rule == "exact":
+        yield "AB", layer.damping_B, base.damping_B
+
+
+def _zero_head(experiment: Experiment, parameters: Sequence[Parameter]) -> Iterator[Finding]:
+    zero = [p.name for p in parameters if p.role == "output" and p.std == 0]
+    if zero and experiment.optimizer.name in KRONECKER:
+        yield Finding(
+            "zero-head",
+            "warning",
+            f"{zero[0]} starts at zero under {experiment.optimizer.name}: one step lands on the NNGP "
+            "kernel-ridge solution of the frozen features, which do not move (and δ = 0 below it); start "
+            "it with std ∝ 1/fan_in",
+        )
+
+
+def _clipping(experiment: Experiment) -> Iterator[Finding]:
+    if experiment.train.grad_clip is not None:
+        yield Finding(
+            "norm-clipping",
+            "warning",
+            f"train.grad_clip {experiment.train.grad_clip:g}: the global gradient norm grows as width^½ "
+            "under μP (the read-out's part), so wherever clipping acts it multiplies every learning rate "
+            "by width^-½; leave it out, or clip only what never happens in a healthy run",
+            -0.5,
+        )
+
+
+def _narrow(experiment: Experiment, classes: int) -> Iterator[Finding]:
+    if experiment.scaling.base_width < classes:
+        yield Finding(
+            "proxy-narrower-than-classes",
+            "warning",
+            f"base width {experiment.scaling.base_width} is below the number of classes {classes}: the "
+            "proxy's logits lie in a smaller space than the target's; use a base width well above it",
+        )
+
+
+def _differences(provenance: Mapping[str, Any]) -> Iterator[Finding]:
+    for line in provenance.get("overrides", ()):
+        yield Finding(
+            "proxy-and-target-differ",
+            "warning",
+            f"{line}: changed after tuning; batch size, steps, data and schedule do not transfer by any "
+            "width rule, so the tuned values need not be optimal",
+        )

@@ -1,0 +1,130 @@
+"""What a verification found: sweeps, rows, findings, and the one verdict over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mupx.checks.causes import root_causes
+from mupx.checks.fits import Fit
+from mupx.checks.lint import Finding
+from mupx.checks.rows import Row, Status
+from mupx.checks.transfer import Line, Speed
+from mupx.config import Experiment
+
+DRIFT = 0.1  # octaves per doubling that count as none
+REGRET = 0.01  # of what training gains at that width (untrained loss − best loss)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One hyperparameter swept over widths under one parametrization.
+
+    Attributes:
+        parametrization: ``mup``, ``sp`` …
+        axis: ``lr`` or ``damping``.
+        lines: One line per width, ascending.
+        drift: Octaves per doubling of the best value.
+        regrets: Width → honest regret of the base-width choice per seed, in loss units.
+        gains: Width → untrained loss − best loss.
+        speed: Fast-transfer exponents and audit numbers; None below four widths.
+    """
+
+    parametrization: str
+    axis: str
+    lines: tuple[Line, ...]
+    drift: Fit
+    regrets: Mapping[int, list[float]]
+    gains: Mapping[int, float]
+    speed: Speed | None
+
+    @property
+    def costly(self) -> bool:
+        """Whether the base choice loses at the largest width, on every seed."""
+        return min(self.regrets[self.lines[-1].width]) > 0
+
+    @property
+    def drift_status(self) -> Status:
+        """Fail when the interval excludes ±0.1 and the drift costs something; warn when it is free."""
+        if not (self.drift.low > DRIFT or self.drift.high < -DRIFT):
+            return "pass" if abs(self.drift.value) <= DRIFT else "warn"
+        return "fail" if self.costly else "warn"
+
+    def regret_at(self, width: int) -> Status:
+        """Fail when the mean regret exceeds 1 % of the gain at that width and every seed agrees."""
+        regrets = self.regrets[width]
+        mean = sum(regrets) / len(regrets)
+        return "fail" if min(regrets) > 0 and mean > REGRET * self.gains[width] else "pass"
+
+    @property
+    def regret_status(self) -> Status:
+        """Fail when the regret fails at some width."""
+        return "fail" if any(self.regret_at(width) == "fail" for width in self.regrets) else "pass"
+
+    @property
+    def status(self) -> Status:
+        """The worse of the two."""
+        both = {self.drift_status, self.regret_status}
+        return "fail" if "fail" in both else "warn" if "warn" in both else "pass"
+
+
+@dataclass
+class Report:
+    """The result of a verification.
+
+    Attributes:
+        experiment: What was verified.
+        widths: Widths that could be measured.
+        seeds: Seeds.
+        rows: Power laws with verdicts.
+        sweeps: Sweeps of the verified parametrization and, beside it, of SP.
+        wider: Width → loss at fixed base values per seed.
+        late: Rows of the last update of a run.
+        findings: What the lint says.
+        notes: What was left out or broke, one sentence each.
+        storage: Where the measurements are kept.
+    """
+
+    experiment: Experiment
+    widths: list[int]
+    seeds: list[int]
+    rows: list[Row] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
+    wider: dict[int, list[float]] = field(default_factory=dict)
+    late: list[Row] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    storage: str | None = None
+
+    @property
+    def own_sweeps(self) -> list[Sweep]:
+        """The sweeps of the parametrization that is verified."""
+        return [s for s in self.sweeps if s.parametrization == self.experiment.scaling.parametrization]
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"]:
+        """Fail if any row, sweep of the verified parametrization or lint error fails."""
+        statuses = [row.status for row in [*self.rows, *self.late]] + [s.status for s in self.own_sweeps]
+        errors = [finding for finding in self.findings if finding.level == "error"]
+        return "fail" if "fail" in statuses or errors or self.failures else "pass"
+
+    @property
+    def causes(self) -> list[str]:
+        """The root causes of a failure, in the order of the road through the check."""
+        lint_errors = [f"{f.code}: {f.text}" for f in self.findings if f.level == "error"]
+        sweeps = [_sweep_cause(s) for s in self.own_sweeps if s.status == "fail"]
+        late_rows = [f"{r.name}: {r.cause}" for r in self.late if r.status == "fail"]
+        return [*lint_errors, *self.failures, *root_causes(self.rows), *late_rows, *sweeps]
+
+
+def _sweep_cause(sweep: Sweep) -> str:
+    widest = sweep.lines[-1].width
+    regrets = sweep.regrets[widest]
+    mean = sum(regrets) / len(regrets)
+    return (
+        f"{sweep.axis} does not transfer: its best value moves {sweep.drift.value:+.2f} octaves per doubling "
+        f"({sweep.drift.low:+.2f} … {sweep.drift.high:+.2f}), and the base choice loses {mean:.3g} at width "
+        f"{widest}"
+    )

@@ -1,0 +1,350 @@
+"""What ``mupx verify`` does: lint, coordinate check, sweeps over widths, late check, one verdict.
+
+Every run is a cell of the :class:`~mupx.checks.store.Store`, so an interrupted verification continues
+where it stopped. A width that does not fit into memory is left out and noted; what was measured counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mupx import training
+from mupx.checks import coordinate, late, transfer, verdict
+from mupx.checks.coordinate import Readings
+from mupx.checks.lint import Finding, examine, flattened
+from mupx.checks.result import Report, Sweep
+from mupx.checks.rows import Evidence
+from mupx.checks.store import Store
+from mupx.checks.transfer import Line, at
+from mupx.config import Experiment
+from mupx.datasets.base import Dataset
+from mupx.errors import NoResultError, UsageError
+from mupx.layers import Parameter, derive
+from mupx.parametrization import resolved
+from mupx.recipe import Recipe
+from mupx.scaling import find_rule
+from mupx.training import Run
+
+FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
+STEPS = (1, 10)
+SEEDS = (0, 1)
+REACH = 4  # half-octave steps to either side of a line: ±2 octaves
+QUICK_STEPS = 30
+LEAST_SWEPT = 3
+
+Progress = Callable[[int, int, str], None]  # (done, total as far as known, one line about it)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A run of the transfer check."""
+
+    parametrization: str
+    width: int
+    log2_lr: float
+    log2_damping: float
+    seed: int
+
+
+class OutOfMemoryError(Exception):
+    """A width does not fit."""
+
+
+def verify(
+    experiment: Experiment,
+    *,
+    data: Dataset | None = None,
+    widths: Sequence[int] | None = None,
+    seeds: Sequence[int] = SEEDS,
+    steps: Sequence[int] = STEPS,
+    quick: bool = False,
+    sweeps: bool = True,
+    beside_sp: bool | None = None,
+    run_dir: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure whether an experiment's hyperparameters transfer over width, and say so.
+
+    Args:
+        experiment: Model, data, optimizer and base values; ``scaling.width`` is ignored.
+        data: The loaded data set, or what stands for it.
+        widths: Widths to measure, two or more; by default 1 to 16 base widths (8 when quick).
+        seeds: Seeds of init and data order; one seed gives no honest regret.
+        steps: Steps after which the coordinate check reads.
+        quick: Smaller widths, 30 steps per run, telescoped lines, nothing beside.
+        sweeps: Whether to sweep lr and damping at all.
+        beside_sp: Whether to sweep standard parametrization too; by default unless quick.
+        run_dir: Folder that keeps every measurement, so that the same call continues.
+        provenance: Of the recipe, for the lint.
+        progress: ``(done, total so far, text)``.
+
+    Raises:
+        UsageError: Fewer than two widths or no seed.
+        MismatchError: A width gives no whole shapes, or the folder belongs to another experiment.
+        NoResultError: Nothing could be measured at two widths.
+    """
+    experiment = resolved(experiment)
+    widths = _widths(experiment, widths, quick)
+    if not seeds or not steps or min(steps) < 1:
+        raise UsageError("verify needs at least one seed and one step ≥ 1 at which to read")
+    if experiment.train.threads is not None:
+        torch.set_num_threads(experiment.train.threads)
+    loaded = training.load_data(experiment) if data is None else data
+    parameters = training.describe(experiment, loaded)
+    for width in widths:
+        derive(parameters, experiment.updated({"scaling.width": width}))
+    session = _Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
+    report = Report(experiment, session.widths, list(seeds), storage=session.store.storage)
+    report.findings += examine(experiment, parameters, loaded.classes, widths[-1], provenance)
+    report.findings += flattened(session.run(experiment.scaling.parametrization, widths[-1], seeds[0]))
+    if any(finding.level == "error" for finding in report.findings):
+        return report  # every run would stop at the first step
+    _coordinate(session, report, sorted(set(steps)))
+    if sweeps and len(session.widths) >= LEAST_SWEPT:
+        _sweeps(session, report, quick, (not quick) if beside_sp is None else beside_sp)
+        _late(session, report)
+    elif sweeps:
+        session.notes.append(f"the transfer check needs {LEAST_SWEPT} widths; only slopes were measured")
+    report.notes += session.notes
+    return report
+
+
+class _Session:
+    """One verification: what is measured, where it is kept, and how runs are made."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Dataset,
+        parameters: tuple[Parameter, ...],
+        widths: list[int],
+        seeds: list[int],
+        run_dir: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.experiment, self.data, self.parameters = experiment, data, parameters
+        self.widths, self.seeds, self.notes = widths, seeds, list[str]()
+        identity = {**experiment.identity(search=False), "data_checksum": data.checksum}
+        identity = {**identity, "scaling": {**identity["scaling"], "width": None}}
+        self.store = Store(run_dir, identity, experiment)
+        self._progress, self._seen, self.total = progress, set[str](), 0
+
+    def config(self, parametrization: str, width: int, seed: int, **changes: Any) -> Experiment:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        return self.experiment.updated(
+            {
+                "scaling.parametrization": parametrization,
+                "scaling.width": width,
+                "train.seed": seed,
+                **dotted,
+            }
+        )
+
+    def run(self, parametrization: str, width: int, seed: int, **changes: Any) -> Run:
+        return Run(self.config(parametrization, width, seed, **changes), self.data, self.parameters)
+
+    def measure(self, cell: Mapping[str, Any], make: Callable[[], Any], text: str) -> Any:
+        """Return a cell's reading; a width that does not fit raises OutOfMemoryError."""
+        try:
+            reading = self.store.get(cell, make)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            raise OutOfMemoryError from None
+        if self._progress is not None and text not in self._seen:
+            self._seen.add(text)
+            self._progress(len(self._seen), max(len(self._seen), self.total), text)
+        return reading
+
+    def drop(self, width: int) -> None:
+        """Leave out a width, and every larger one, that does not fit into memory."""
+        kept = [w for w in self.widths if w < width]
+        self.notes.append(f"width {width} does not fit into memory; judged on {', '.join(map(str, kept))}")
+        self.widths[:] = kept
+
+
+def _is_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "allocate memory" in text
+        or "not enough memory" in text
+    )
+
+
+def _widths(experiment: Experiment, widths: Sequence[int] | None, quick: bool) -> list[int]:
+    base = experiment.scaling.base_width
+    chosen = sorted(set(widths or [base * factor for factor in (QUICK if quick else FULL)]))
+    if len(chosen) < 2:
+        raise UsageError(
+            f"verify compares widths and got one ({chosen[0]}); give at least two, three for the transfer "
+            f"check, such as --widths {base},{2 * base},{4 * base}"
+        )
+    if chosen[0] < 1:
+        raise UsageError(f"a width must be a whole number of at least 1, got {chosen[0]}")
+    return chosen
+
+
+def _coordinate(session: _Session, report: Report, steps: Sequence[int]) -> None:
+    own = session.experiment.scaling.parametrization
+    session.total += len(session.widths) * len(session.seeds)
+    readings: dict[tuple[int, int], Readings] = {}
+    tables = {}
+    for width in list(session.widths):
+        for seed in session.seeds:
+            cell = {"kind": "coordinate", "width": width, "seed": seed, "steps": list(steps)}
+
+            def make(width: int = width, seed: int = seed) -> Any:
+                return coordinate.read(session.run(own, width, seed), steps).as_dict()
+
+            try:
+                reading = session.measure(cell, make, f"coordinate check, width {width}, seed {seed}")
+            except OutOfMemoryError:
+                session.drop(width)
+                break
+            readings[width, seed] = Readings.from_dict(reading)
+        if width not in session.widths:
+            break
+        tables[width] = derive(session.parameters, session.config(own, width, session.seeds[0]))
+    readings = {key: reading for key, reading in readings.items() if key[0] in session.widths}
+    _judge_coordinates(session, report, Evidence(session.experiment, tables, readings))
+
+
+def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) -> None:
+    broken = {key: r.broke_at for key, r in evidence.readings.items() if r.broke_at is not None}
+    for (width, seed), step in list(broken.items())[:1]:
+        report.failures.append(
+            f"the run at width {width}, seed {seed} is not finite after step {step} "
+            f"({len(broken)} of {len(evidence.readings)} runs break): lower hyperparameters.lr or raise "
+            "hyperparameters.damping"
+        )
+    silent = sorted({name for reading in evidence.readings.values() for name in reading.silent})
+    if silent:
+        report.failures.append(
+            f"{', '.join(silent)} never ran in the forward pass: remove what is not used from the model, "
+            "or verify with data that reaches it"
+        )
+    if len({width for (width, _), reading in evidence.readings.items() if reading.moved}) < 2:
+        reason = "; ".join([*report.failures, *session.notes]) or "too few widths"
+        raise NoResultError(f"nothing could be measured at two widths: {reason}")
+    report.rows = verdict.judge(evidence)
+    for name in verdict.too_narrow(report.rows):
+        report.findings.append(
+            Finding(
+                "proxy-too-narrow",
+                "warning",
+                f"{name}: its order holds among larger widths but not between the two smallest; the proxy "
+                f"at width {evidence.widths[0]} is not yet in the regime the rule describes, use a wider one",
+            )
+        )
+
+
+def _sweeps(session: _Session, report: Report, quick: bool, beside_sp: bool) -> None:
+    own = session.experiment.scaling.parametrization
+    parametrizations = [own, *(["sp"] if beside_sp and own != "sp" else [])]
+    widths = session.widths
+    swept = [widths[0], widths[len(widths) // 2], widths[-1]] if quick else list(widths)
+    axes = ["log2_lr", *(["log2_damping"] if find_rule(session.experiment.optimizer.name).damping else [])]
+    session.total += len(parametrizations) * len(axes) * len(swept) * (2 * REACH + 1) * len(session.seeds)
+    for parametrization in parametrizations:
+        for axis in axes:
+            sweep = _sweep(session, parametrization, axis, swept, quick, len(axes))
+            if sweep is not None:
+                report.sweeps.append(sweep)
+    _wider(session, report, swept, quick)
+
+
+def _place(session: _Session, parametrization: str, width: int) -> SweepPoint:
+    """Return the run of the base values at a width."""
+    hyper, scaling = session.experiment.hyperparameters, session.experiment.scaling
+    # At base width every parametrization is the same run, bit for bit: it is trained once.
+    name = parametrization if width != scaling.base_width else scaling.parametrization
+    return SweepPoint(name, width, math.log2(hyper.lr), math.log2(hyper.damping), session.seeds[0])
+
+
+def _sweep(
+    session: _Session, parametrization: str, axis: str, widths: Sequence[int], quick: bool, axes: int
+) -> Sweep | None:
+    def loss(point: SweepPoint) -> float:
+        return float(_loss(session, point, quick)["train_loss"])
+
+    lines: list[Line] = []
+    for width in widths:
+        reach = transfer.telescoped(REACH, math.log2(width / widths[0]), axes) if quick else REACH
+        centre = _place(session, parametrization, width)
+        centre = at(centre, axis, lines[0].lowest()) if lines else centre
+        try:
+            points = transfer.sweep(loss, centre, axis, session.seeds, reach)
+        except OutOfMemoryError:
+            session.drop(width)
+            break
+        lines.append(transfer.measured(loss, points, axis, session.seeds))
+    if len(lines) < 2:
+        return None
+    regrets = {line.width: transfer.regret(lines[0], line) for line in lines}
+    gains = {line.width: _gain(session, parametrization, line, axis, quick) for line in lines}
+    name, moved = axis.removeprefix("log2_"), transfer.drift(lines)
+    return Sweep(parametrization, name, tuple(lines), moved, regrets, gains, transfer.speed(lines))
+
+
+def _gain(session: _Session, parametrization: str, line: Line, axis: str, quick: bool) -> float:
+    """Return the untrained loss minus the best loss of a line."""
+    point = at(_place(session, parametrization, line.width), axis, line.lowest())
+    return max(float(_loss(session, point, quick)["untrained"]) - min(line.mean()), 0.0)
+
+
+def _loss(session: _Session, point: SweepPoint, quick: bool) -> Any:
+    config = session.config(
+        point.parametrization,
+        point.width,
+        point.seed,
+        hyperparameters__lr=2.0**point.log2_lr,
+        hyperparameters__damping=2.0**point.log2_damping,
+    )
+    steps = training.total_steps(config, len(session.data.train))
+    steps = min(steps, QUICK_STEPS) if quick else steps
+    config = config.updated({"train.steps": steps})
+
+    def make() -> Any:
+        result = training.train(config, data=session.data, recipe=Recipe(config, session.parameters))
+        ended = result.validation
+        return {
+            "outcome": result.outcome,
+            "train_loss": result.train_loss,
+            "validation_loss": None if ended is None else ended.loss,
+            "untrained": result.untrained["train"],
+        }
+
+    cell = {"kind": "run", **asdict(point), "steps": steps}
+    text = f"{point.parametrization} width {point.width}: lr 2^{point.log2_lr:.1f}"
+    return session.measure(cell, make, f"{text}, damping 2^{point.log2_damping:.1f}, seed {point.seed}")
+
+
+def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool) -> None:
+    own = session.experiment.scaling.parametrization
+    for width in widths:
+        if width in session.widths:
+            points = [at(_place(session, own, width), "seed", seed) for seed in session.seeds]
+            report.wider[width] = [float(_loss(session, point, quick)["train_loss"]) for point in points]
+
+
+def _late(session: _Session, report: Report) -> None:
+    own = session.experiment.scaling.parametrization
+    session.total += len(report.wider) * len(session.seeds)
+    readings: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
+    for width in report.wider:
+        for seed in session.seeds:
+
+            def make(width: int = width, seed: int = seed) -> Any:
+                return late.read(session.run(own, width, seed))
+
+            cell = {"kind": "late", "width": width, "seed": seed}
+            readings[width, seed] = session.measure(cell, make, f"late check, width {width}, seed {seed}")
+    report.late = verdict.judge_late(readings, derive(session.parameters, session.experiment))
