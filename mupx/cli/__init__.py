@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mupx.cli import report, rules, status, train, transfer, tune
+from mupx.cli import report, rules, status, train, transfer, tune, verify
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError
 
 GRACE = 10  # seconds a terminated process has to close its trials and files
@@ -48,6 +48,7 @@ app = typer.Typer(
 app.command("tune")(tune.command)
 app.command("transfer")(transfer.command)
 app.command("train")(train.command)
+app.command("verify")(verify.command)
 app.command("rules")(rules.command)
 app.command("status")(status.command)
 app.command("report")(report.command)
