@@ -163,7 +163,7 @@ def test_a_torn_last_line_of_the_metrics_is_dropped_on_resume(tmp_path, data):
     assert steps == [*range(1, 13), 12]
 
 
-@pytest.mark.parametrize("lr", [1e4, 1e30])
+@pytest.mark.parametrize("lr", [1e4, 1e9])
 def test_divergence_is_a_result_and_keeps_finite_numbers(data, lr):
     result = train(
         experiment(optimizer__name="sgd", optimizer__damping_rule=None, hyperparameters__lr=lr), data=data

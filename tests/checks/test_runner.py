@@ -256,6 +256,7 @@ def test_a_parameter_that_never_moves_fails() -> None:
     assert any("hidden1.weight: does not move in 10 steps" in cause for cause in report.causes)
 
 
+@pytest.mark.slow
 def test_the_wrong_damping_shows_in_the_sweep_and_the_right_one_transfers() -> None:
     """Over 16× in width, π-damping's best value climbs; that of trace damping stays."""
     drifts = {}
