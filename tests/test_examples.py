@@ -12,6 +12,10 @@ EXAMPLES = {  # name: small arguments, and what its last lines must say
         r"regret of the transferred recipe: [0-9.-]+",
     ),
     "02_own_model.py": ([], r"step 19  loss [01]\.\d+"),
+    "03_verify_a_model.py": (
+        [],
+        r"(?s)trace damping: pass.*pi damping: fail.*because input.weight: π-damping",
+    ),
 }
 
 
