@@ -106,9 +106,11 @@ def verify(
     report.findings += flattened(session.run(experiment.scaling.parametrization, widths[-1], seeds[0]))
     if any(finding.level == "error" for finding in report.findings):
         return report  # every run would stop at the first step
+    sp = not quick if beside_sp is None else beside_sp
+    session.total = len(seeds) * _expected(experiment, widths, quick, sweeps, sp)
     _coordinate(session, report, sorted(set(steps)))
     if sweeps and len(session.widths) >= LEAST_SWEPT:
-        _sweeps(session, report, quick, (not quick) if beside_sp is None else beside_sp)
+        _sweeps(session, report, quick, sp)
         _late(session, report)
     elif sweeps:
         session.notes.append(f"the transfer check needs {LEAST_SWEPT} widths; only slopes were measured")
@@ -194,7 +196,6 @@ def _widths(experiment: Experiment, widths: Sequence[int] | None, quick: bool) -
 
 def _coordinate(session: _Session, report: Report, steps: Sequence[int]) -> None:
     own = session.experiment.scaling.parametrization
-    session.total += len(session.widths) * len(session.seeds)
     readings: dict[tuple[int, int], Readings] = {}
     tables = {}
     for width in list(session.widths):
@@ -246,13 +247,32 @@ def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) ->
         )
 
 
+def _axes(experiment: Experiment) -> list[str]:
+    return ["log2_lr", *(["log2_damping"] if find_rule(experiment.optimizer.name).damping else [])]
+
+
+def _swept(widths: Sequence[int], quick: bool) -> list[int]:
+    return [widths[0], widths[len(widths) // 2], widths[-1]] if quick else list(widths)
+
+
+def _expected(experiment: Experiment, widths: Sequence[int], quick: bool, sweeps: bool, sp: bool) -> int:
+    """Return how many runs per seed a verification takes if no line has to grow."""
+    if not sweeps or len(widths) < LEAST_SWEPT:
+        return len(widths)
+    swept, axes = _swept(widths, quick), len(_axes(experiment))
+    points = 0
+    for width in swept:
+        reach = transfer.telescoped(REACH, math.log2(width / swept[0]), axes) if quick else REACH
+        # The lines cross in one point, and at base width SP is the same run.
+        points += (2 * reach * axes + 1) * (2 if sp and width != experiment.scaling.base_width else 1)
+    return len(widths) + points + len(swept)
+
+
 def _sweeps(session: _Session, report: Report, quick: bool, beside_sp: bool) -> None:
     own = session.experiment.scaling.parametrization
     parametrizations = [own, *(["sp"] if beside_sp and own != "sp" else [])]
     widths = session.widths
-    swept = [widths[0], widths[len(widths) // 2], widths[-1]] if quick else list(widths)
-    axes = ["log2_lr", *(["log2_damping"] if find_rule(session.experiment.optimizer.name).damping else [])]
-    session.total += len(parametrizations) * len(axes) * len(swept) * (2 * REACH + 1) * len(session.seeds)
+    swept, axes = _swept(widths, quick), _axes(session.experiment)
     for parametrization in parametrizations:
         for axis in axes:
             sweep = _sweep(session, parametrization, axis, swept, quick, len(axes))
@@ -323,8 +343,10 @@ def _loss(session: _Session, point: SweepPoint, quick: bool) -> Any:
         }
 
     cell = {"kind": "run", **asdict(point), "steps": steps}
-    text = f"{point.parametrization} width {point.width}: lr 2^{point.log2_lr:.1f}"
-    return session.measure(cell, make, f"{text}, damping 2^{point.log2_damping:.1f}, seed {point.seed}")
+    damped = "log2_damping" in _axes(session.experiment)
+    damping = f", damping 2^{point.log2_damping:.1f}" if damped else ""
+    text = f"{point.parametrization} width {point.width}: lr 2^{point.log2_lr:.1f}{damping}"
+    return session.measure(cell, make, f"{text}, seed {point.seed}")
 
 
 def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool) -> None:
@@ -337,7 +359,6 @@ def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool
 
 def _late(session: _Session, report: Report) -> None:
     own = session.experiment.scaling.parametrization
-    session.total += len(report.wider) * len(session.seeds)
     readings: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
     for width in report.wider:
         for seed in session.seeds:
