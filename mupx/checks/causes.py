@@ -58,7 +58,7 @@ def _own_cause(row: Row, rows: Sequence[Row], evidence: Evidence, swapped: bool)
             "the bias update vanishes with width: it is folded into A as a homogeneous coordinate; "
             "precondition biases by B alone"
         )
-    share = _share(row.name, evidence)
+    share = damped_share(row.name, evidence)
     if share is not None and share < lint.ENOUGH and row.off < 0:
         return (
             f"under-damped: ρ·N/tr is {share:.2g} (batch N), far below the noise of a batch-sized factor "
@@ -153,20 +153,28 @@ def _swapped(rows: Sequence[Row], evidence: Evidence) -> bool:
     return abs(live_in - wanted_out) <= SAME and abs(live_out - wanted_in) <= SAME
 
 
-def _share(name: str, evidence: Evidence) -> float | None:
-    """Return the smallest ρ·N/tr over the factors of a parameter that are wider than the batch."""
-    widest, size = evidence.widths[-1], evidence.experiment.train.batch_size
+def damped_share(name: str, evidence: Evidence) -> float | None:
+    """Return ρ·N/tr of a parameter's factors that are wider than the batch of N; None without such.
+
+    The geometric mean over A and B, as their ridges make up for each other; the smallest over the seeds
+    at the largest width.
+    """
+    widest, batch = evidence.widths[-1], evidence.experiment.train.batch_size
     row = next(layer for layer in evidence.tables[widest] if layer.name == name)
     spans = {"A": math.prod(row.shape[1:]), "B": row.shape[0]}
-    shares = []
+    means = []
     for (width, _), readings in evidence.readings.items():
         if width != widest or not readings.moved:
             continue
         moved: Moved = readings.moved[min(readings.moved)]
-        for symbol, (_, ridge, trace) in moved.curvature.get(name, {}).items():
-            if trace and ridge is not None and spans.get(symbol, 0) > size:
-                shares.append(ridge * size / trace)
-    return min(shares, default=None)
+        shares = [
+            ridge * batch / trace
+            for symbol, (_, ridge, trace) in moved.curvature.get(name, {}).items()
+            if trace and ridge is not None and spans.get(symbol, 0) > batch
+        ]
+        if shares:
+            means.append(math.prod(shares) ** (1 / len(shares)))
+    return min(means, default=None)
 
 
 def root_causes(rows: Sequence[Row]) -> list[str]:

@@ -70,6 +70,7 @@ def examine(
     )
     return [
         *_pi(experiment),
+        *_trace_damping(experiment, wide),
         *_ridges(experiment, base, wide),
         *_zero_head(experiment, parameters),
         *_clipping(experiment),
@@ -120,6 +121,35 @@ def _pi(experiment: Experiment) -> Iterator[Finding]:
             "output ρ_A vanishes against λmax(A); use optimizer.damping_rule trace (or absolute)",
             -1.0,
         )
+
+
+def under_damping(names: Sequence[str], share: float, batch: int) -> Finding:
+    """Return the finding for factors whose ridge is far below the eigenvalues of a batch-sized factor."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return Finding(
+        "under-damped",
+        "warning",
+        f"{shown}: ρ·N/tr is {share:.2g} at batch N = {batch}, below {ENOUGH}: the damping is far below the "
+        "eigenvalues of a batch-sized factor, so the update follows the noise of the batch, at a predicted "
+        f"slope of {under_damped(share):+.2f}; raise the damping or the batch",
+        under_damped(share),
+    )
+
+
+def _trace_damping(experiment: Experiment, wide: Sequence[Layer]) -> Iterator[Finding]:
+    """Under trace damping ρ·N/tr is ρ'·N, for every factor wider than the batch."""
+    if experiment.optimizer.damping_rule != "trace":
+        return
+    batch = experiment.train.batch_size
+    shares: dict[str, float] = {}
+    for layer in wide:
+        spans = ((layer.damping_A, math.prod(layer.shape[1:])), (layer.damping_B, layer.shape[0]))
+        own = [ridge * batch for ridge, size in spans if ridge is not None and size > batch]
+        if own and layer.role != "vector":
+            shares[layer.name] = math.prod(own) ** (1 / len(own))
+    low = {name: share for name, share in shares.items() if share < ENOUGH}
+    if low:
+        yield under_damping(list(low), min(low.values()), batch)
 
 
 def _ridges(experiment: Experiment, base: Sequence[Layer], wide: Sequence[Layer]) -> Iterator[Finding]:

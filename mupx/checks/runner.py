@@ -16,8 +16,9 @@ import torch
 
 from mupx import training
 from mupx.checks import coordinate, late, transfer, verdict
+from mupx.checks.causes import damped_share
 from mupx.checks.coordinate import Readings
-from mupx.checks.lint import Finding, examine, flattened
+from mupx.checks.lint import ENOUGH, Finding, examine, flattened, under_damping
 from mupx.checks.result import Report, Sweep
 from mupx.checks.rows import Evidence
 from mupx.checks.store import Store
@@ -37,6 +38,7 @@ SEEDS = (0, 1)
 REACH = 4  # half-octave steps to either side of a line: ±2 octaves
 QUICK_STEPS = 30
 LEAST_SWEPT = 3
+SHRINKING = 0.1  # exponent of an own contribution from which low damping is worth a word
 
 Progress = Callable[[int, int, str], None]  # (done, total as far as known, one line about it)
 
@@ -236,6 +238,7 @@ def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) ->
         reason = "; ".join([*report.failures, *session.notes]) or "too few widths"
         raise NoResultError(f"nothing could be measured at two widths: {reason}")
     report.rows = verdict.judge(evidence)
+    _measure_damping(report, evidence)
     for name in verdict.too_narrow(report.rows):
         report.findings.append(
             Finding(
@@ -245,6 +248,18 @@ def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) ->
                 f"at width {evidence.widths[0]} is not yet in the regime the rule describes, use a wider one",
             )
         )
+
+
+def _measure_damping(report: Report, evidence: Evidence) -> None:
+    """Report under-damping where an update shrinks and its measured damping is low."""
+    if any(finding.code == "under-damped" for finding in report.findings):
+        return
+    shrinking = {row.name for row in report.rows if row.quantity == "own" and row.off < -SHRINKING}
+    shares = {name: damped_share(name, evidence) for name in sorted(shrinking)}
+    low = {name: share for name, share in shares.items() if share is not None and share < ENOUGH}
+    if low:
+        batch = evidence.experiment.train.batch_size
+        report.findings.append(under_damping(list(low), min(low.values()), batch))
 
 
 def _axes(experiment: Experiment) -> list[str]:
