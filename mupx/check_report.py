@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from mupx.checks.result import Report, Sweep
+from mupx.checks.result import Report, Sweep, worse
 from mupx.checks.rows import Row
 from mupx.files import write_atomically
 
@@ -46,18 +46,12 @@ def _layers(rows: Iterable[Row]) -> list[dict[str, Any]]:
         {
             "name": name,
             "role": own[0].role,
-            "verdict": worst(own),
+            "verdict": worse(row.status for row in own),
             "cause": next((row.cause for row in own if row.status == "fail"), None),
             "checks": [row.as_dict() for row in own],
         }
         for name, own in grouped.items()
     ]
-
-
-def worst(rows: Iterable[Row]) -> str:
-    """Return fail, warn or pass, the worst among rows."""
-    statuses = {row.status for row in rows}
-    return "fail" if "fail" in statuses else "warn" if "warn" in statuses else "pass"
 
 
 def _drift(sweep: Sweep) -> dict[str, Any]:

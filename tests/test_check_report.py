@@ -17,7 +17,7 @@ from mupx import check_plots, check_report
 from mupx.checks import transfer
 from mupx.checks.fits import Fit
 from mupx.checks.lint import Finding
-from mupx.checks.result import Report, Sweep
+from mupx.checks.result import Report, Sweep, worse
 from mupx.checks.rows import Quantity, Row, Status
 from mupx.checks.transfer import Line
 from mupx.config import Experiment
@@ -136,7 +136,7 @@ def test_a_layer_has_its_worst_verdict_and_the_cause_of_its_failure() -> None:
     ],
 )
 def test_the_worst_of_several_verdicts(statuses: list[Status], expected: str) -> None:
-    assert check_report.worst([row("a", "own", status) for status in statuses]) == expected
+    assert worse(statuses) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,14 @@ from mupx.checks.transfer import Line, Speed
 from mupx.config import Experiment
 
 DRIFT = 0.1  # octaves per doubling that count as none
+MOVED = 0.5  # octaves: the grid of the sweeps
 REGRET = 0.01  # of what training gains at that width (untrained loss − best loss)
+
+
+def worse(statuses: Iterable[Status]) -> Status:
+    """Return the worst of several verdicts."""
+    found = set(statuses)
+    return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
 @dataclass(frozen=True)
@@ -51,22 +58,33 @@ class Sweep:
             return "pass" if abs(self.drift.value) <= DRIFT else "warn"
         return "fail" if self.costly else "warn"
 
+    def shift(self, width: int) -> list[float]:
+        """Return how far the best value lies from that at the base width, in octaves, per seed."""
+        base, wide = self.lines[0], next(line for line in self.lines if line.width == width)
+        return [wide.best([seed]).value - base.best([seed]).value for seed in wide.losses]
+
     def regret_at(self, width: int) -> Status:
-        """Fail when the mean regret exceeds 1 % of the gain at that width and every seed agrees."""
-        regrets = self.regrets[width]
-        mean = sum(regrets) / len(regrets)
-        return "fail" if min(regrets) > 0 and mean > REGRET * self.gains[width] else "pass"
+        """Judge the regret at a width: it fails when the optimum has moved and the loss shows it.
+
+        That is, when the mean regret exceeds 1 % of the gain, every seed agrees, and on every seed the
+        best value has moved the same way, by more than half an octave on average. A regret without a
+        move (a cliff beside the optimum, noise in the choice) is a warning.
+        """
+        regrets, moved = self.regrets[width], self.shift(width)
+        if not (min(regrets) > 0 and sum(regrets) / len(regrets) > REGRET * self.gains[width]):
+            return "pass"
+        together = min(moved) > 0 or max(moved) < 0
+        return "fail" if together and abs(sum(moved)) / len(moved) > MOVED else "warn"
 
     @property
     def regret_status(self) -> Status:
-        """Fail when the regret fails at some width."""
-        return "fail" if any(self.regret_at(width) == "fail" for width in self.regrets) else "pass"
+        """The worst of all widths."""
+        return worse(self.regret_at(width) for width in self.regrets)
 
     @property
     def status(self) -> Status:
         """The worse of the two."""
-        both = {self.drift_status, self.regret_status}
-        return "fail" if "fail" in both else "warn" if "warn" in both else "pass"
+        return worse((self.drift_status, self.regret_status))
 
 
 @dataclass

@@ -190,6 +190,8 @@ def _print(report: Report, files: Sequence[Path]) -> None:
 
 def _print_slopes(title: str, rows: Sequence[Row]) -> None:
     """One line per tensor: Δh of its layer, its own contribution, and its worst ridge or curvature row."""
+    from mupx.checks.result import worse
+
     steps = sorted({row.step for row in rows if row.quantity == "own"})
     heads = ("tensor", "role", "", "init", *(f"Δh t={t}" for t in steps), *(f"own t={t}" for t in steps))
     table = []
@@ -200,9 +202,7 @@ def _print_slopes(title: str, rows: Sequence[Row]) -> None:
         cells += [_exponent(module, "Δh", step) for step in steps]
         cells += [_exponent(mine, "own", step) for step in steps]
         cells += [_worst(mine, "ridge"), _worst(mine, "size")]
-        statuses = {row.status for row in mine}
-        status = "fail" if "fail" in statuses else "warn" if "warn" in statuses else "pass"
-        table.append([name, mine[0].role, status, *cells])
+        table.append([name, mine[0].role, worse(row.status for row in mine), *cells])
     print_table(title, (*heads, "ρ/λ", "λ"), table, left=3)
 
 
