@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mupx import config, training
+from mupx.datasets.base import Dataset
 
 HALF_OCTAVE = 0.5
 REACH = 4  # half-octave steps on either side: ±2 octaves
@@ -49,13 +50,18 @@ class Outcome:
 
 
 class Cells:
-    """Cells trained on demand and remembered in a CSV file."""
+    """Cells trained on demand and remembered in a CSV file (None: in memory alone).
 
-    def __init__(self, path: Path, settings: dict[str, dict[str, object]], *, offline: bool = False) -> None:
+    ``data`` maps a setting to its loaded data set, for what no registry name loads.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: dict[str, dict[str, object]], *, offline: bool = False
+    ) -> None:
         self.path, self.settings, self.offline = path, settings, offline
         self._known: dict[Cell, Outcome] = {}
-        self._data: dict[str, object] = {}
-        if path.exists():
+        self.data: dict[str, Dataset] = {}
+        if path is not None and path.exists():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     self._known[_typed(Cell, row)] = _typed(Outcome, row)
@@ -89,14 +95,16 @@ class Cells:
                 },
             )
         )
-        if cell.setting not in self._data:
-            self._data[cell.setting] = training.load_data(experiment)
-        result = training.train(experiment, data=self._data[cell.setting])  # type: ignore[arg-type]
+        if cell.setting not in self.data:
+            self.data[cell.setting] = training.load_data(experiment)
+        result = training.train(experiment, data=self.data[cell.setting])
         ended = result.validation
         validation = result.untrained["validation"] if ended is None else ended.loss
         return Outcome(result.outcome, result.train_loss, validation, result.steps, round(result.seconds, 2))
 
     def _append(self, cell: Cell, outcome: Outcome) -> None:
+        if self.path is None:
+            return
         row = {**asdict(cell), **asdict(outcome)}
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)

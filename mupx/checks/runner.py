@@ -107,6 +107,7 @@ def verify(
     report.findings += examine(experiment, parameters, loaded.classes, widths[-1], provenance)
     report.findings += flattened(session.run(experiment.scaling.parametrization, widths[-1], seeds[0]))
     if any(finding.level == "error" for finding in report.findings):
+        session.store.finish(report.verdict, report.causes)
         return report  # every run would stop at the first step
     sp = not quick if beside_sp is None else beside_sp
     session.total = len(seeds) * _expected(experiment, widths, quick, sweeps, sp)
@@ -117,6 +118,7 @@ def verify(
     elif sweeps:
         session.notes.append(f"the transfer check needs {LEAST_SWEPT} widths; only slopes were measured")
     report.notes += session.notes
+    session.store.finish(report.verdict, report.causes)
     return report
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mupx.config import Experiment
-from mupx.study import default_url, open_study, redact, storage_errors
+from mupx.study import file_url, open_study, redact, storage_errors
 
-STUDY = "verify"
+FILE, STUDY = "verify.db", "verify"
 Cell = Mapping[str, Any]
 
 
@@ -30,7 +30,7 @@ class Store:
     def __init__(self, run_dir: Path | None, identity: Mapping[str, Any], experiment: Experiment) -> None:
         self._known: dict[str, Any] = {}
         self._study: Any = None
-        self.url = None if run_dir is None else default_url(run_dir)
+        self.url = None if run_dir is None else file_url(run_dir / FILE)
         if self.url is not None:
             self._open(self.url, identity, experiment)
 
@@ -61,6 +61,12 @@ class Store:
             self._known[key] = reading
         return self._known[key]
 
+    def finish(self, verdict: str, causes: list[str]) -> None:
+        """Keep the verdict with the measurements, for :func:`state`."""
+        if self._study is not None and self.url is not None:
+            with storage_errors(self.url):
+                self._study.set_user_attr("result", {"verdict": verdict, "causes": causes})
+
     def _save(self, cell: Cell, reading: Any) -> None:
         if self._study is None or self.url is None:
             return
@@ -74,3 +80,25 @@ class Store:
 
 def _key(cell: Cell) -> str:
     return json.dumps(dict(cell), sort_keys=True)
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    """Return how far the verification in a folder is: runs measured, and the last verdict.
+
+    Raises:
+        StorageError: Its file does not work.
+    """
+    url = file_url(run_dir / FILE)
+    study = open_study(url, STUDY, create=False, identity=None)
+    with storage_errors(url):
+        measured = sum("cell" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+        result = study.user_attrs.get("result")
+    return {
+        "kind": "verification",
+        "run_dir": run_dir,
+        "storage": redact(url),
+        "state": "unfinished" if result is None else "finished",
+        "measured": measured,
+        "verdict": None if result is None else result["verdict"],
+        "causes": [] if result is None else result["causes"],
+    }

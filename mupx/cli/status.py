@@ -1,4 +1,4 @@
-"""``mupx status``: how far a search or a run is (no torch)."""
+"""``mupx status``: how far a search, a run or a verification is (no torch)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mupx.checks.store import FILE, state
 from mupx.cli import _options as o
 from mupx.cli._console import number, parameters, print_json, say
 from mupx.cli._sources import choice_json, chosen, find_study, is_study
@@ -18,12 +19,14 @@ def command(
     storage: o.Storage = None,
     json: o.Json = False,
 ) -> None:
-    """Show how far a search or a training run is.
+    """Show how far a search, a training run or a verification is.
 
     Example: mupx status runs/mlp-fashion-mnist-14-kfac-w64
     """
     if is_run(Path(source)) and not is_study(source):
         document = run_status(Path(source))
+    elif (Path(source) / FILE).exists() and not is_study(source):
+        document = state(Path(source))
     else:
         document = _study_status(source, storage)
     if json:
@@ -65,6 +68,12 @@ def _print(document: dict[str, Any]) -> None:
         say(f"run {document['run_dir']}: {document['state']}, step {document['step']}")
         for name in ("loss", "validation_loss"):
             say(f"{name.replace('_', ' '):<16} {number(document[name], 4)}")
+        return
+    if document["kind"] == "verification":
+        say(f"verification {document['run_dir']}: {document['state']}, {document['measured']} runs measured")
+        say(f"verdict  {document['verdict'] or 'none yet'}")
+        for cause in document["causes"]:
+            say(f"  {cause}")
         return
     counted, best = document["counts"], document["best"]
     shown = ", ".join(f"{count} {name}" for name, count in counted.items() if name != "total" and count)

@@ -14,10 +14,10 @@ from typing import Any
 import optuna
 import pytest
 
-from mupx.checks.store import STUDY, Store
+from mupx.checks.store import FILE, STUDY, Store
 from mupx.config import Experiment
 from mupx.errors import MismatchError, StorageError
-from mupx.study import STUDY_FILE, default_url
+from mupx.study import file_url
 
 IDENTITY = {"model": "mlp", "scaling": {"base_width": 64, "width": None}}
 NARROW = {"kind": "run", "width": 64, "log2_lr": -4.5, "seed": 0}
@@ -99,7 +99,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_study_can_be_read_by_others(tmp_path: Path) -> None:
     kept = store(tmp_path / "new" / "run")
     kept.get(NARROW, lambda: {"loss": 0.5})
-    assert kept.storage == default_url(tmp_path / "new" / "run")
+    assert kept.storage == file_url(tmp_path / "new" / "run" / FILE)
     study = optuna.load_study(storage=kept.storage, study_name=STUDY)
     (trial,) = study.get_trials()
     assert trial.user_attrs == {"cell": NARROW, "reading": {"loss": 0.5}}
@@ -116,7 +116,7 @@ def test_another_identity_is_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_trials_that_are_not_of_a_verification_are_refused(tmp_path: Path) -> None:
-    optuna.create_study(storage=default_url(tmp_path), study_name=STUDY).add_trial(
+    optuna.create_study(storage=file_url(tmp_path / FILE), study_name=STUDY).add_trial(
         optuna.create_trial(value=1.0)
     )
     with pytest.raises(MismatchError, match="did not make"):
@@ -140,7 +140,7 @@ def foreign(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [garbage, truncated, foreign])
 def test_a_file_that_is_no_study_is_a_storage_error(spoil: Callable[[Path], None], tmp_path: Path) -> None:
-    path = tmp_path / STUDY_FILE
+    path = tmp_path / FILE
     spoil(path)
     before = path.read_bytes()
     with pytest.raises(StorageError) as caught:

@@ -87,6 +87,27 @@ def test_the_same_command_continues_and_another_is_refused(run: Run) -> None:
     assert run(*SLOPES, *WRONG, "--run-dir", "v", "--fresh").code == 6
 
 
+def test_status_tells_how_far_a_verification_is(run: Run) -> None:
+    run(*SLOPES, *WRONG, "--run-dir", "v")
+    told = run("status", "v", "--json").json
+    assert (told["kind"], told["state"], told["measured"], told["verdict"]) == (
+        "verification",
+        "finished",
+        3,
+        "fail",
+    )
+    assert "π-damping" in run("status", "v").out
+
+
+def test_a_search_and_a_verification_share_a_folder_without_mixing(run: Run) -> None:
+    run(*SLOPES, *RIGHT, "--run-dir", "v")
+    tune = ["tune", "--data", "synthetic", "--optimizer", "sgd", "--width", "8", "--steps", "4"]
+    assert run(*tune, "--trials", "2", "--threads", "1", "--run-dir", "v").code == 0
+    again = run(*SLOPES, *RIGHT, "--run-dir", "v")
+    assert again.code == 0
+    assert run("status", "v", "--json").json["kind"] == "study"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
