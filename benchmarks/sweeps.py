@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 
 from mupx import config, training
+from mupx.checks import transfer
 from mupx.datasets.base import Dataset
 
-HALF_OCTAVE = 0.5
 REACH = 4  # half-octave steps on either side: ±2 octaves
-LONGEST = 30
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,7 @@ def line(cells: Cells, centre: Cell, axis: str, seeds: Sequence[int]) -> list[Ce
 
     The line reaches at least two octaves to either side and grows until its optimum is two steps inside.
     """
-    low, high = -REACH, REACH
-    while True:
-        points = [
-            replace(centre, **{axis: getattr(centre, axis) + HALF_OCTAVE * i}) for i in range(low, high + 1)
-        ]
-        losses = [mean_loss(cells, point, seeds) for point in points]
-        best = losses.index(min(losses))
-        if len(points) > LONGEST or 2 <= best < len(points) - 2:
-            return points
-        low, high = (low - 2, high) if best < 2 else (low, high + 2)
+    return transfer.sweep(lambda cell: cells[cell].train_loss, centre, axis, seeds, REACH)
 
 
 def best_of(cells: Cells, points: Sequence[Cell], seeds: Sequence[int]) -> Cell:
