@@ -2,10 +2,11 @@
 
     python benchmarks/versus_direct.py            # train what is missing, then print the table
 
-Setting ``online`` of transfer.py. Three searches per optimizer, each with the same number of trials by
+Setting ``online`` of transfer.py. Four searches per optimizer, each with the same number of trials by
 the same sampler:
 
 * ``proxy``: at width 64, lr (and damping), transferred to full width under μP;
+* ``proxy, confirmed``: the same search, its best 8 trials run on three fresh seeds (24 more runs);
 * ``proxy, roles``: the same with per-role lr and init multipliers, momentum and output scale;
 * ``direct``: lr (and damping) at full width under standard parametrization.
 
@@ -40,7 +41,7 @@ JUDGES = (100, 101)
 
 def search(optimizer: str, kind: str, width: int, trials: int, runs: Path) -> tuple[recipe.Recipe, float]:
     """Return the winner as a recipe at full width, and the seconds its search trained for."""
-    direct = kind == "direct"
+    direct, confirm = kind == "direct", 8 if kind == "proxy, confirmed" else 0
     where = width if direct else BASE
     changes = {
         "optimizer.name": optimizer,
@@ -48,6 +49,7 @@ def search(optimizer: str, kind: str, width: int, trials: int, runs: Path) -> tu
         "scaling.width": where,
         "scaling.parametrization": "sp" if direct else "mup",
         "search.trials": trials,
+        "search.confirm": confirm,
     }
     experiment = config.parse(config.merge({}, {**SETTING, **changes}))
     if kind == "proxy, roles":
@@ -62,17 +64,18 @@ def search(optimizer: str, kind: str, width: int, trials: int, runs: Path) -> tu
 
 
 def spent(found: mupx.search.SearchResult) -> float:
-    """Return the training time of a study's trials."""
+    """Return the training time of a study's trials and of their confirmation."""
     import optuna
 
     study = optuna.load_study(study_name=found.study, storage=found.storage)
-    return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.trials)
+    trials = sum(trial.user_attrs.get("seconds", 0.0) for trial in study.trials)
+    return trials + float(study.user_attrs.get("confirm_seconds", 0.0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw", "kfac"])
-    parser.add_argument("--kinds", nargs="+", default=["proxy", "proxy, roles", "direct"])
+    parser.add_argument("--kinds", nargs="+", default=["proxy", "proxy, confirmed", "proxy, roles", "direct"])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "versus-direct")

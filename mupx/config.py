@@ -115,7 +115,11 @@ class Range(_Section):
 
 
 class SearchConfig(_Section):
-    """The Optuna study: what is searched, how long, by which sampler and pruner."""
+    """The Optuna study: what is searched, how long, by which sampler and pruner.
+
+    The best ``confirm`` trials are run again on fresh seeds, whose mean decides (0: the search's own
+    value decides).
+    """
 
     space: dict[str, Range] = Field(default_factory=dict)
     trials: PositiveInt = 32
@@ -124,6 +128,7 @@ class SearchConfig(_Section):
     storage: str | None = None
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     objective: Literal["validation", "train"] = "validation"
+    confirm: Annotated[int, Field(ge=0, strict=True)] = 0
 
     @model_validator(mode="after")
     def _known_and_legal(self) -> Self:
@@ -199,7 +204,7 @@ class Experiment(_Section):
         document["data"].pop("dir")
         for key in ("device", "threads", "checkpoint_every"):
             document["train"].pop(key)
-        for key in ("trials", "storage"):
+        for key in ("trials", "storage", "confirm"):
             document["search"].pop(key)
         if not search:
             document.pop("search")

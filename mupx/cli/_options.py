@@ -93,6 +93,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "device": ("train.device",),
     "trials": ("search.trials",),
     "objective": ("search.objective",),
+    "confirm": ("search.confirm",),
     "sampler": ("search.sampler",),
     "pruner": ("search.pruner",),
     "storage": ("search.storage",),

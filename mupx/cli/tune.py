@@ -53,6 +53,10 @@ def command(
     trials: Annotated[
         int | None, o.whole("--trials", o.HOW, "Finished trials in all, over restarts.")
     ] = None,
+    confirm: Annotated[
+        int | None,
+        o.whole("--confirm", o.HOW, "Run the best K trials on three fresh seeds; their mean decides.", 0),
+    ] = None,
     objective: Annotated[str | None, o.flag("--objective", panel=o.HOW, help="validation or train.")] = None,
     sampler: Annotated[str | None, o.flag("--sampler", panel=o.HOW, help="tpe, random, qmc or gp.")] = None,
     pruner: Annotated[str | None, o.flag("--pruner", panel=o.HOW, help="median or none.")] = None,
@@ -83,7 +87,10 @@ def command(
         def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
             advance(done, total, _trial_line(best, trial))
 
-        result = tune(resolved(experiment), run_dir=folder, fresh=fresh, progress=report)
+        def again(done: int, wanted: int, trial: int, value: float) -> None:
+            advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
+
+        result = tune(resolved(experiment), run_dir=folder, fresh=fresh, progress=report, confirmed=again)
     if result.edges:
         _warn_of_edges(context, result.edges)
     if json:

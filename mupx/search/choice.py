@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from mupx.config import Experiment, Hyperparameters, Range
 from mupx.errors import MismatchError, NoResultError, NotFoundError, UsageError
 from mupx.layers import Parameter
 from mupx.recipe import Recipe
+from mupx.search import confirmation
 from mupx.search.sampling import Box, unit
 from mupx.study import finished
 
@@ -66,7 +67,7 @@ def choose(study: Study, experiment: Experiment, pick: str | int = "best") -> Ch
     Args:
         study: The study.
         experiment: What the study was made with; its space is the box in which distance is measured.
-        pick: ``best``, ``robust`` or a trial number.
+        pick: ``best`` (by its mean over fresh seeds where some were confirmed), ``robust`` or a number.
 
     Raises:
         NoResultError: Every trial diverged, or none has finished.
@@ -74,7 +75,7 @@ def choose(study: Study, experiment: Experiment, pick: str | int = "best") -> Ch
         UsageError: That trial has no usable result, or ``pick`` is none of the three.
     """
     if pick == "best":
-        return _choice(_ranked(study, experiment.search.space)[0])
+        return _confirmed(study) or _choice(_ranked(study, experiment.search.space)[0])
     if pick == "robust":
         return _choice(_medoid(flat_region(study, experiment.search.space), experiment.search.space))
     try:
@@ -82,6 +83,15 @@ def choose(study: Study, experiment: Experiment, pick: str | int = "best") -> Ch
     except ValueError:
         raise UsageError(f"pick is {pick!r}; allowed: best, robust or the number of a trial") from None
     return _numbered(study, number)
+
+
+def _confirmed(study: Study) -> Choice | None:
+    """Return the trial with the lowest mean over fresh seeds, if any have been run."""
+    means = confirmation.means(study)
+    if not means:
+        return None
+    number = min(means, key=lambda n: (means[n], n))
+    return replace(_numbered(study, number), value=means[number])
 
 
 def usable(study: Study) -> list[FrozenTrial]:

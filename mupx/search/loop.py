@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from mupx.config import Experiment, Hyperparameters, refuse_difference
 from mupx.errors import MupxError, NoResultError, NotFoundError, StorageError, UsageError
-from mupx.search import choice, sampling
+from mupx.search import choice, confirmation, sampling
 from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign, Outcome, Proxy, told_value, without_test
 from mupx.study import (
@@ -87,6 +87,7 @@ def tune(
     progress: Progress | None = None,
     objective: Callable[[Hyperparameters], float] | None = None,
     untrained: float | None = None,
+    confirmed: confirmation.Progress | None = None,
 ) -> SearchResult:
     """Search the hyperparameters on the proxy until ``search.trials`` trials have finished.
 
@@ -99,6 +100,7 @@ def tune(
         progress: Called after each trial.
         objective: Somebody else's training loop, hyperparameters → loss; not finite when it diverged.
         untrained: With ``objective``: the loss of an untrained model, told for diverged trials.
+        confirmed: Called after each run on a fresh seed (``search.confirm``).
 
     Raises:
         MismatchError: The study in the folder was made with another space or proxy.
@@ -108,6 +110,11 @@ def tune(
     """
     from mupx.parametrization import resolved  # torch; the rest of this package does without
 
+    if objective is not None and experiment.search.confirm:
+        raise UsageError(
+            "search.confirm runs the best trials on other seeds, which an objective of your own does not "
+            "take; leave it out and average inside the objective"
+        )
     run_dir = Path(run_dir)
     experiment = with_space(resolved(experiment))
     if fresh:
@@ -120,6 +127,8 @@ def tune(
         if study is None or len(finished(study)) < experiment.search.trials:
             foreign = Foreign(objective, untrained) if objective else None
             study = _continue(experiment, foreign, url, name, identity, run_dir, progress)
+        if experiment.search.confirm:
+            _confirm(study, experiment, confirmed)
         return _result(study, experiment, run_dir, url)
 
 
@@ -198,6 +207,14 @@ def _proxy(experiment: Experiment) -> tuple[Evaluation, dict[str, Any], BasePrun
     facts = {"parameters": [asdict(p) for p in parameters], "data_checksum": data.checksum}
     evaluation = Proxy(experiment, without_test(data), parameters, min(sampling.REPORTS, total))
     return evaluation, facts, sampling.pruner(experiment.search.pruner, total)
+
+
+def _confirm(study: Study, experiment: Experiment, progress: confirmation.Progress | None) -> None:
+    leaders = choice.usable(study)[: experiment.search.confirm]
+    if confirmation.missing(study, leaders):
+        proxy, *_ = _proxy(experiment)
+        assert isinstance(proxy, Proxy)
+        confirmation.confirm(study, leaders, proxy, progress)
 
 
 def _describe(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> None:
