@@ -105,7 +105,8 @@ def verify(
     session = _Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
     report = Report(experiment, session.widths, list(seeds), storage=session.store.storage)
     report.findings += examine(experiment, parameters, loaded.classes, widths[-1], provenance)
-    report.findings += flattened(session.run(experiment.scaling.parametrization, widths[-1], seeds[0]))
+    # The second smallest width already has other multipliers than 1, and fits where the largest may not.
+    report.findings += flattened(session.run(experiment.scaling.parametrization, widths[1], seeds[0]))
     if any(finding.level == "error" for finding in report.findings):
         session.store.finish(report.verdict, report.causes)
         return report  # every run would stop at the first step
@@ -114,7 +115,7 @@ def verify(
     _coordinate(session, report, sorted(set(steps)))
     if sweeps and len(session.widths) >= LEAST_SWEPT:
         _sweeps(session, report, quick, sp)
-        _late(session, report)
+        _late(session, report, quick)
     elif sweeps:
         session.notes.append(f"the transfer check needs {LEAST_SWEPT} widths; only slopes were measured")
     report.notes += session.notes
@@ -345,8 +346,7 @@ def _loss(session: _Session, point: SweepPoint, quick: bool) -> Any:
         hyperparameters__lr=2.0**point.log2_lr,
         hyperparameters__damping=2.0**point.log2_damping,
     )
-    steps = training.total_steps(config, len(session.data.train))
-    steps = min(steps, QUICK_STEPS) if quick else steps
+    steps = _steps(session, quick)
     config = config.updated({"train.steps": steps})
 
     def make() -> Any:
@@ -374,15 +374,26 @@ def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool
             report.wider[width] = [float(_loss(session, point, quick)["train_loss"]) for point in points]
 
 
-def _late(session: _Session, report: Report) -> None:
-    own = session.experiment.scaling.parametrization
+def _late(session: _Session, report: Report, quick: bool) -> None:
+    own, steps = session.experiment.scaling.parametrization, _steps(session, quick)
     readings: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
     for width in report.wider:
         for seed in session.seeds:
 
             def make(width: int = width, seed: int = seed) -> Any:
-                return late.read(session.run(own, width, seed))
+                return late.read(session.run(own, width, seed, train__steps=steps))
 
-            cell = {"kind": "late", "width": width, "seed": seed}
-            readings[width, seed] = session.measure(cell, make, f"late check, width {width}, seed {seed}")
+            cell = {"kind": "late", "width": width, "seed": seed, "steps": steps}
+            try:
+                reading = session.measure(cell, make, f"late check, width {width}, seed {seed}")
+            except OutOfMemoryError:
+                session.notes.append(f"the late check does not fit into memory at width {width}")
+                break
+            readings[width, seed] = reading
     report.late = verdict.judge_late(readings, derive(session.parameters, session.experiment))
+
+
+def _steps(session: _Session, quick: bool) -> int:
+    """Return the number of steps of a run in the sweeps."""
+    steps = training.total_steps(session.experiment, len(session.data.train))
+    return min(steps, QUICK_STEPS) if quick else steps
