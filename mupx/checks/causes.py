@@ -122,7 +122,7 @@ def _inherited(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _lr_cause(row: Row, evidence: Evidence, swapped: bool) -> str:
-    if swapped:
+    if swapped and row.role != "vector":
         return "fan-in and fan-out swapped: input and output carry each other's lr exponents"
     live = round(evidence.exponent(row.name, "lr") or 0.0, 3) + 0.0  # + 0.0: no "-0"
     wanted = live - row.off
@@ -148,8 +148,8 @@ def _swapped(rows: Sequence[Row], evidence: Evidence) -> bool:
     if set(found) != {"input", "output"}:
         return False
     (live_in, wanted_in), (live_out, wanted_out) = found["input"], found["output"]
-    if abs(wanted_in - wanted_out) < SAME:
-        return False
+    if min(abs(wanted_in - wanted_out), abs(live_in - live_out)) < SAME:
+        return False  # nothing to exchange
     return abs(live_in - wanted_out) <= SAME and abs(live_out - wanted_in) <= SAME
 
 
