@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -396,3 +397,11 @@ def test_the_base_width_does_not_carry_the_verdict_of_a_larger_one() -> None:
     drifting = sweep(drift=1.0)
     assert drifting.regret_status == "fail"
     assert drifting.regret_at(WIDTHS[0]) == "pass"
+
+
+def test_a_coarse_sweep_fails_only_for_a_large_loss() -> None:
+    """0.1·(2·drift)² against a gain of 1.8: 0.5 octaves per doubling lose 0.1, 1 octave loses 0.4."""
+    for drift, fine, coarse in ((0.3, "fail", "pass"), (1.0, "fail", "fail")):
+        one = sweep(drift=drift)
+        assert one.status == fine
+        assert replace(one, coarse=True).regret_status == coarse

@@ -14,7 +14,8 @@ from mupx.checks.transfer import Line, Speed
 from mupx.config import Experiment
 
 DRIFT = 0.1  # octaves per doubling that count as none
-MOVED = 0.5  # octaves: the grid of the sweeps
+MOVED, COARSE_MOVED = 0.5, 1.0  # octaves: the grid of the sweeps, the reach of telescoped ones
+COARSE_REGRET = 0.05
 REGRET = 0.01  # of what training gains at that width (untrained loss − best loss)
 
 
@@ -36,6 +37,7 @@ class Sweep:
         regrets: Width → honest regret of the base-width choice per seed, in loss units.
         gains: Width → untrained loss − best loss.
         speed: Fast-transfer exponents and audit numbers; None below four widths.
+        coarse: From short runs and telescoped lines, which only tell large losses from noise.
     """
 
     parametrization: str
@@ -45,11 +47,17 @@ class Sweep:
     regrets: Mapping[int, list[float]]
     gains: Mapping[int, float]
     speed: Speed | None
+    coarse: bool = False
 
     @property
     def costly(self) -> bool:
-        """Whether the base choice loses at the largest width, on every seed."""
-        return min(self.regrets[self.lines[-1].width]) > 0
+        """Whether the base choice loses at the largest width, on every seed (and much, if coarse)."""
+        width = self.lines[-1].width
+        return min(self.regrets[width]) > 0 and (not self.coarse or self._loses(width))
+
+    def _loses(self, width: int) -> bool:
+        regrets, limit = self.regrets[width], COARSE_REGRET if self.coarse else REGRET
+        return min(regrets) > 0 and sum(regrets) / len(regrets) > limit * self.gains[width]
 
     @property
     def drift_status(self) -> Status:
@@ -67,14 +75,14 @@ class Sweep:
         """Judge the regret at a width: it fails when the optimum has moved and the loss shows it.
 
         That is, when the mean regret exceeds 1 % of the gain, every seed agrees, and on every seed the
-        best value has moved the same way, by more than half an octave on average. A regret without a
-        move (a cliff beside the optimum, noise in the choice) is a warning.
+        best value has moved the same way, by more than half an octave on average (5 % and one octave if
+        coarse). A regret without a move (a cliff beside the optimum, noise in the choice) is a warning.
         """
-        regrets, moved = self.regrets[width], self.shift(width)
-        if not (min(regrets) > 0 and sum(regrets) / len(regrets) > REGRET * self.gains[width]):
+        if not self._loses(width):
             return "pass"
+        moved, least = self.shift(width), COARSE_MOVED if self.coarse else MOVED
         together = min(moved) > 0 or max(moved) < 0
-        return "fail" if together and abs(sum(moved)) / len(moved) > MOVED else "warn"
+        return "fail" if together and abs(sum(moved)) / len(moved) > least else "warn"
 
     @property
     def regret_status(self) -> Status:

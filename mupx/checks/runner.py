@@ -329,7 +329,8 @@ def _sweep(
     regrets = {line.width: transfer.regret(lines[0], line) for line in lines}
     gains = {line.width: _gain(session, parametrization, line, axis, quick) for line in lines}
     name, moved = axis.removeprefix("log2_"), transfer.drift(lines)
-    return Sweep(parametrization, name, tuple(lines), moved, regrets, gains, transfer.speed(lines))
+    fast = transfer.speed(lines)
+    return Sweep(parametrization, name, tuple(lines), moved, regrets, gains, fast, coarse=quick)
 
 
 def _gain(session: _Session, parametrization: str, line: Line, axis: str, quick: bool) -> float:
