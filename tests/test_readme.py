@@ -12,6 +12,7 @@ from mupx.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CAPTURED = {"capture_output": True, "text": True, "check": True}
 TABLE = re.compile(r"^\| (?:adamw|kfac|sgd|shampoo) .*$", re.M)
 
 
@@ -44,11 +45,25 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         "64",
         "512",
         "1024",
+        "2048",
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, **CAPTURED)
     printed = [_numbers(row) for row in TABLE.findall(ended.stdout)]
-    stated = [row for row in TABLE.findall(README) if row.count("|") > 8]
+    stated = TABLE.findall(_section("transfer"))
     assert stated
+    for row in stated:
+        assert any(set(_numbers(row)) <= set(full) for full in printed), row
+
+
+@pytest.mark.parametrize(
+    ("section", "script", "least"),
+    [("verdicts", "verdicts.py", 8), ("drift", "damping_drift.py", 4), ("alarms", "false_alarms.py", 10)],
+)
+def test_the_readme_prints_what_a_benchmark_of_verify_gives(section, script, least):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--table"]
+    printed = [_numbers(row) for row in subprocess.run(command, **CAPTURED).stdout.splitlines()]
+    stated = [row for row in _section(section).splitlines() if row.startswith("|")][2:]
+    assert len(stated) >= least
     for row in stated:
         assert any(set(_numbers(row)) <= set(full) for full in printed), row
 
@@ -64,3 +79,7 @@ def test_every_name_of_the_python_interface_resolves_in_a_fresh_interpreter(name
 
 def _numbers(row):
     return [cell.strip() for cell in row.split("|")]
+
+
+def _section(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S)[1]

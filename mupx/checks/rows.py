@@ -86,6 +86,10 @@ class Evidence:
         """The table at the smallest width, for names and roles."""
         return self.tables[self.widths[0]]
 
+    def grows(self, name: str) -> bool:
+        """Whether any dimension of a parameter depends on width."""
+        return any(self.exponent(name, ratio) for ratio in ("r_in", "r_out"))
+
     def exponent(self, name: str, field: str) -> float | None:
         """Return the exponent of one column of the table for a parameter; None where it has none."""
         pairs = [(w, getattr(row, field)) for w in self.widths for row in self.tables[w] if row.name == name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mupx.checks.coordinate import Readings
 from mupx.checks.result import Report
 from mupx.checks.rows import Row
 
@@ -84,3 +85,21 @@ def test_biases_hide_in_the_sum_what_own_contributions_show() -> None:
     assert own["input.weight"].slope < -0.6
     assert abs(own["input.bias"].slope) < 0.1
     assert total["input"].slope > 0.5 * own["input.weight"].slope
+
+
+def test_a_tensor_without_a_growing_dimension_has_no_rule_to_fail() -> None:
+    """The read-out's bias: every multiplier of it is 1, so what it does follows from the logits."""
+    from mupx.checks.causes import explain
+    from mupx.checks.rows import Evidence
+    from mupx.layers import Layer
+
+    def layer(name: str, r_out: float) -> Layer:
+        return Layer(name, "vector", "sgd", (10,), 1.0, r_out, 0.1, 0.1, None, None, None, 0.0, 0.1)
+
+    tables = {w: [layer("fixed.bias", 1.0), layer("growing.bias", w / 64)] for w in (64, 128, 256)}
+    evidence = Evidence(experiment(settings.SGD), tables, {(w, 0): Readings() for w in tables})
+    rows = [
+        Row(name, "vector", "own", "own Δh", 1, -0.5, -0.6, -0.4, 0.0, "fail")
+        for name in ("fixed.bias", "growing.bias")
+    ]
+    assert [row.status for row in explain(rows, evidence)] == ["warn", "fail"]
