@@ -14,7 +14,7 @@ from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import note, print_json, print_table, progress, say, warn
 from mupx.config import Experiment
-from mupx.errors import CheckFailedError, UsageError
+from mupx.errors import CheckFailedError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from mupx.checks.result import Report, Sweep
@@ -29,7 +29,7 @@ def command(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG | RECIPE]", help="TOML file; flags override it.", show_default=False),
+        typer.Argument(metavar="CONFIG|RECIPE", help="TOML file; flags override it.", show_default=False),
     ] = None,
     model: o.Model = None,
     data: o.Data = None,
@@ -101,11 +101,18 @@ def command(
             provenance=provenance,
             progress=advance,
         )
-    files = check_report.write(report, junit, figures)
+    unwritten: StorageError | None = None
+    files: list[Path] = []
+    try:
+        files = check_report.write(report, junit, figures)
+    except StorageError as error:
+        unwritten = error  # the verdict is printed all the same
     if json:
         print_json({**check_report.document(report), "run_dir": folder, "files": files})
     else:
         _print(report, files)
+    if unwritten is not None:
+        raise unwritten
     if report.verdict == "fail":
         raise CheckFailedError(f"the transfer does not hold: {report.causes[0] if report.causes else ''}")
 

@@ -50,6 +50,13 @@ def test_junit_and_figures_are_written(run: Run, tmp_path: Path) -> None:
     assert b"<svg" in (tmp_path / "figures" / "coordinate.svg").read_bytes()
 
 
+def test_a_file_that_cannot_be_written_does_not_cost_the_verdict(run: Run) -> None:
+    ended = run(*SLOPES, *RIGHT, "--figures", "/dev/null/figures")
+    assert ended.code == 7
+    assert "cannot write" in ended.message
+    assert "verdict  pass" in ended.out
+
+
 def test_quick_sweeps_three_widths(run: Run) -> None:
     small = ["--optimizer", "sgd", "--lr", "0.5", "--width", "16", "--widths", "16,32,64", "--steps", "10"]
     document = run(*VERIFY, *small, "--quick", "--json").json
