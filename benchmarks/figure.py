@@ -65,7 +65,8 @@ def main() -> None:
         lowest = min(y for _, y, _ in best)
         panel.set(title=title, ylim=(lowest - 0.01, lowest + 0.16))
         panel.set_xlabel("log2 learning rate" if axis == "log2_lr" else "log2 damping")
-        panel.set_xlim(getattr(base, axis) - 3.2, getattr(base, axis) + 3.2)
+        reach = max(3.2, *(abs(x - getattr(base, axis)) + 0.5 for x, _, _ in best))  # every minimum is shown
+        panel.set_xlim(getattr(base, axis) - reach, getattr(base, axis) + min(reach, 3.2))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("training loss, online (nats)")
     panels[0].legend(title="width", fontsize=8, title_fontsize=8, frameon=False, ncols=2)
