@@ -242,7 +242,7 @@ def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) ->
         raise NoResultError(f"nothing could be measured at two widths: {reason}")
     report.rows = verdict.judge(evidence)
     _measure_damping(report, evidence)
-    for name in verdict.too_narrow(report.rows):
+    for name in filter(evidence.grows, verdict.too_narrow(report.rows)):
         report.findings.append(
             Finding(
                 "proxy-too-narrow",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HALF_OCTAVE = 0.5
 LONGEST = 30  # points after which a line that finds no minimum ends
+STILL = 0.25  # octaves: less is not told apart by parabolas through half-octave points
 AROUND = 1.0  # octaves to either side of the lowest point that enter the parabola
 FAST_TRANSFER_WIDTHS = 4
 EXPONENTS = np.linspace(0.05, 4.0, 80)
@@ -182,7 +183,7 @@ def speed(lines: Sequence[Line]) -> Speed | None:
     carried = [line.mean()[line.values.index(nearest(line.values, choice))] for line in lines]
     places = [line.best().value for line in lines]
     limit, alpha = approach(widths, best)
-    still = max(places) - min(places) < 0.05  # octaves: nothing that a half-octave grid resolves
+    still = max(places) - min(places) < STILL
     beta = math.inf if still else approach(widths, places)[1]
     x, y = np.log2(widths), np.asarray(places)
     slope, offset = np.polyfit(x, y, 1)

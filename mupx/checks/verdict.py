@@ -227,7 +227,8 @@ def too_narrow(rows: Sequence[Row]) -> list[str]:
             continue
         start = _fit([p for p in row.series if p[0] in widths[:2]])
         rest = _fit([p for p in row.series if p[0] in widths[1:]])
-        if abs(start.value - row.expected) > TOLERANCE >= abs(rest.value - row.expected):
+        off = _status(start, row.expected, TOLERANCE)[0] == "fail"
+        if off and abs(rest.value - row.expected) <= TOLERANCE:
             narrow.append(row.name)
     return list(dict.fromkeys(narrow))
 
