@@ -29,7 +29,7 @@ def cifar10_16() -> Dataset:
     Raises:
         NotFoundError: The archive is not there.
     """
-    path = Path(os.environ.get("MUPX_DATA_DIR", "../shared/data")) / ARCHIVE
+    path = Path(os.environ.get("MUPX_DATA_DIR", ".")) / ARCHIVE
     if not path.is_file():
         raise NotFoundError(f"no {path}; set MUPX_DATA_DIR to the folder that holds {ARCHIVE}")
     wanted = PER_CLASS + 2 * HELD_OUT
