@@ -138,6 +138,8 @@ def test_ctrl_c_inside_a_step_finishes_the_step_and_saves_it(tmp_path, data, mon
         return draw(run)
 
     chosen = experiment(train__checkpoint_every=100)
+    # A shell starts its background jobs with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "batch", interrupted)
         with pytest.raises(KeyboardInterrupt):

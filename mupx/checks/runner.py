@@ -7,8 +7,8 @@ where it stopped. A width that does not fit into memory is left out and noted; w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,15 @@ from mupx.checks.coordinate import Readings
 from mupx.checks.lint import ENOUGH, Finding, examine, flattened, under_damping
 from mupx.checks.result import Report, Sweep
 from mupx.checks.rows import Evidence
-from mupx.checks.store import Store
+from mupx.checks.session import OutOfMemoryError, Progress, Session, SweepPoint
 from mupx.checks.transfer import Line, at
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset
 from mupx.errors import NoResultError, UsageError
-from mupx.layers import Parameter, derive
+from mupx.layers import derive
 from mupx.parametrization import resolved
 from mupx.recipe import Recipe
 from mupx.scaling import find_rule
-from mupx.training import Run
 
 FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
 STEPS = (1, 10)
@@ -39,23 +38,6 @@ REACH = 4  # half-octave steps to either side of a line: ±2 octaves
 QUICK_STEPS = 30
 LEAST_SWEPT = 3
 SHRINKING = 0.1  # exponent of an own contribution from which low damping is worth a word
-
-Progress = Callable[[int, int, str], None]  # (done, total as far as known, one line about it)
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """A run of the transfer check."""
-
-    parametrization: str
-    width: int
-    log2_lr: float
-    log2_damping: float
-    seed: int
-
-
-class OutOfMemoryError(Exception):
-    """A width does not fit."""
 
 
 def verify(
@@ -102,7 +84,7 @@ def verify(
     parameters = training.describe(experiment, loaded)
     for width in widths:
         derive(parameters, experiment.updated({"scaling.width": width}))
-    session = _Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
+    session = Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
     report = Report(experiment, session.widths, list(seeds), storage=session.store.storage)
     report.findings += examine(experiment, parameters, loaded.classes, widths[-1], provenance)
     # The second smallest width already has other multipliers than 1, and fits where the largest may not.
@@ -123,69 +105,6 @@ def verify(
     return report
 
 
-class _Session:
-    """One verification: what is measured, where it is kept, and how runs are made."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        data: Dataset,
-        parameters: tuple[Parameter, ...],
-        widths: list[int],
-        seeds: list[int],
-        run_dir: Path | None,
-        progress: Progress | None,
-    ) -> None:
-        self.experiment, self.data, self.parameters = experiment, data, parameters
-        self.widths, self.seeds, self.notes = widths, seeds, list[str]()
-        identity = {**experiment.identity(search=False), "data_checksum": data.checksum}
-        identity = {**identity, "scaling": {**identity["scaling"], "width": None}}
-        self.store = Store(run_dir, identity, experiment)
-        self._progress, self._seen, self.total = progress, set[str](), 0
-
-    def config(self, parametrization: str, width: int, seed: int, **changes: Any) -> Experiment:
-        dotted = {key.replace("__", "."): value for key, value in changes.items()}
-        return self.experiment.updated(
-            {
-                "scaling.parametrization": parametrization,
-                "scaling.width": width,
-                "train.seed": seed,
-                **dotted,
-            }
-        )
-
-    def run(self, parametrization: str, width: int, seed: int, **changes: Any) -> Run:
-        return Run(self.config(parametrization, width, seed, **changes), self.data, self.parameters)
-
-    def measure(self, cell: Mapping[str, Any], make: Callable[[], Any], text: str) -> Any:
-        """Return a cell's reading; a width that does not fit raises OutOfMemoryError."""
-        try:
-            reading = self.store.get(cell, make)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
-                raise
-            raise OutOfMemoryError from None
-        if self._progress is not None and text not in self._seen:
-            self._seen.add(text)
-            self._progress(len(self._seen), max(len(self._seen), self.total), text)
-        return reading
-
-    def drop(self, width: int) -> None:
-        """Leave out a width, and every larger one, that does not fit into memory."""
-        kept = [w for w in self.widths if w < width]
-        self.notes.append(f"width {width} does not fit into memory; judged on {', '.join(map(str, kept))}")
-        self.widths[:] = kept
-
-
-def _is_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "allocate memory" in text
-        or "not enough memory" in text
-    )
-
-
 def _widths(experiment: Experiment, widths: Sequence[int] | None, quick: bool) -> list[int]:
     base = experiment.scaling.base_width
     chosen = sorted(set(widths or [base * factor for factor in (QUICK if quick else FULL)]))
@@ -199,7 +118,7 @@ def _widths(experiment: Experiment, widths: Sequence[int] | None, quick: bool) -
     return chosen
 
 
-def _coordinate(session: _Session, report: Report, steps: Sequence[int]) -> None:
+def _coordinate(session: Session, report: Report, steps: Sequence[int]) -> None:
     own = session.experiment.scaling.parametrization
     readings: dict[tuple[int, int], Readings] = {}
     tables = {}
@@ -223,7 +142,7 @@ def _coordinate(session: _Session, report: Report, steps: Sequence[int]) -> None
     _judge_coordinates(session, report, Evidence(session.experiment, tables, readings))
 
 
-def _judge_coordinates(session: _Session, report: Report, evidence: Evidence) -> None:
+def _judge_coordinates(session: Session, report: Report, evidence: Evidence) -> None:
     broken = {key: r.broke_at for key, r in evidence.readings.items() if r.broke_at is not None}
     for (width, seed), step in list(broken.items())[:1]:
         report.failures.append(
@@ -286,7 +205,7 @@ def _expected(experiment: Experiment, widths: Sequence[int], quick: bool, sweeps
     return len(widths) + points + len(swept)
 
 
-def _sweeps(session: _Session, report: Report, quick: bool, beside_sp: bool) -> None:
+def _sweeps(session: Session, report: Report, quick: bool, beside_sp: bool) -> None:
     own = session.experiment.scaling.parametrization
     parametrizations = [own, *(["sp"] if beside_sp and own != "sp" else [])]
     widths = session.widths
@@ -299,7 +218,7 @@ def _sweeps(session: _Session, report: Report, quick: bool, beside_sp: bool) -> 
     _wider(session, report, swept, quick)
 
 
-def _place(session: _Session, parametrization: str, width: int) -> SweepPoint:
+def _place(session: Session, parametrization: str, width: int) -> SweepPoint:
     """Return the run of the base values at a width."""
     hyper, scaling = session.experiment.hyperparameters, session.experiment.scaling
     # At base width every parametrization is the same run, bit for bit: it is trained once.
@@ -308,7 +227,7 @@ def _place(session: _Session, parametrization: str, width: int) -> SweepPoint:
 
 
 def _sweep(
-    session: _Session, parametrization: str, axis: str, widths: Sequence[int], quick: bool, axes: int
+    session: Session, parametrization: str, axis: str, widths: Sequence[int], quick: bool, axes: int
 ) -> Sweep | None:
     def loss(point: SweepPoint) -> float:
         return float(_loss(session, point, quick)["train_loss"])
@@ -333,13 +252,13 @@ def _sweep(
     return Sweep(parametrization, name, tuple(lines), moved, regrets, gains, fast, coarse=quick)
 
 
-def _gain(session: _Session, parametrization: str, line: Line, axis: str, quick: bool) -> float:
+def _gain(session: Session, parametrization: str, line: Line, axis: str, quick: bool) -> float:
     """Return the untrained loss minus the best loss of a line."""
     point = at(_place(session, parametrization, line.width), axis, line.lowest())
     return max(float(_loss(session, point, quick)["untrained"]) - min(line.mean()), 0.0)
 
 
-def _loss(session: _Session, point: SweepPoint, quick: bool) -> Any:
+def _loss(session: Session, point: SweepPoint, quick: bool) -> Any:
     config = session.config(
         point.parametrization,
         point.width,
@@ -367,7 +286,7 @@ def _loss(session: _Session, point: SweepPoint, quick: bool) -> Any:
     return session.measure(cell, make, f"{text}, seed {point.seed}")
 
 
-def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool) -> None:
+def _wider(session: Session, report: Report, widths: Sequence[int], quick: bool) -> None:
     own = session.experiment.scaling.parametrization
     for width in widths:
         if width in session.widths:
@@ -375,7 +294,7 @@ def _wider(session: _Session, report: Report, widths: Sequence[int], quick: bool
             report.wider[width] = [float(_loss(session, point, quick)["train_loss"]) for point in points]
 
 
-def _late(session: _Session, report: Report, quick: bool) -> None:
+def _late(session: Session, report: Report, quick: bool) -> None:
     own, steps = session.experiment.scaling.parametrization, _steps(session, quick)
     readings: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
     for width in report.wider:
@@ -394,7 +313,7 @@ def _late(session: _Session, report: Report, quick: bool) -> None:
     report.late = verdict.judge_late(readings, derive(session.parameters, session.experiment))
 
 
-def _steps(session: _Session, quick: bool) -> int:
+def _steps(session: Session, quick: bool) -> int:
     """Return the number of steps of a run in the sweeps."""
     steps = training.total_steps(session.experiment, len(session.data.train))
     return min(steps, QUICK_STEPS) if quick else steps
