@@ -2,6 +2,7 @@
 
     python benchmarks/false_alarms.py            # measure what is missing, then print the table
     python benchmarks/false_alarms.py --table    # print the committed results
+    python benchmarks/false_alarms.py --held-out # slopes on real data, 20 draws the thresholds have not seen
     python benchmarks/false_alarms.py --smoke    # 2 draws of two configurations, no CSV
 
 The thresholds of `mupx verify` follow from this table. 20 draws of each configuration, draw k with the
@@ -131,8 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the committed results, train nothing")
     parser.add_argument("--smoke", action="store_true", help="2 draws of two configurations, no CSV")
+    parser.add_argument("--held-out", action="store_true", help="draws 20 … 39, slopes on real data, no CSV")
     arguments = parser.parse_args()
     print(set_threads(1))
+    if arguments.held_out:
+        chosen = [c for c in CONFIGURATIONS if c[0] is REAL and not c[5]]
+        show([measure(c, draw) for c in chosen for draw in range(DRAWS, 2 * DRAWS)])
+        return
     rows: list[dict[str, object]] = []
     if RESULTS.exists() and not arguments.smoke:
         with RESULTS.open(newline="") as file:
