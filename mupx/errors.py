@@ -51,6 +51,14 @@ class StorageError(MupxError):
     exit_code = 7
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is used up; torch has a type for it on GPUs only."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
     """Build the error for a name that is not in a list, pointing at the nearest one that is."""
     names = sorted(known)

@@ -21,7 +21,7 @@ from mupx.checks.coordinate import Readings
 from mupx.checks.lint import ENOUGH, Finding, examine, flattened, under_damping
 from mupx.checks.result import Report, Sweep
 from mupx.checks.rows import Evidence
-from mupx.checks.session import OutOfMemoryError, Progress, Session, SweepPoint
+from mupx.checks.session import Progress, Session, SweepPoint, TooWideError
 from mupx.checks.transfer import Line, at
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset
@@ -131,7 +131,7 @@ def _coordinate(session: Session, report: Report, steps: Sequence[int]) -> None:
 
             try:
                 reading = session.measure(cell, make, f"coordinate check, width {width}, seed {seed}")
-            except OutOfMemoryError:
+            except TooWideError:
                 session.drop(width)
                 break
             readings[width, seed] = Readings.from_dict(reading)
@@ -233,13 +233,13 @@ def _sweep(
         return float(_loss(session, point, quick)["train_loss"])
 
     lines: list[Line] = []
-    for width in widths:
+    for width in [width for width in widths if width in session.widths]:
         reach = transfer.telescoped(REACH, math.log2(width / widths[0]), axes) if quick else REACH
         centre = _place(session, parametrization, width)
         centre = at(centre, axis, lines[0].lowest()) if lines else centre
         try:
             points = transfer.sweep(loss, centre, axis, session.seeds, reach)
-        except OutOfMemoryError:
+        except TooWideError:
             session.drop(width)
             break
         lines.append(transfer.measured(loss, points, axis, session.seeds))
@@ -306,7 +306,7 @@ def _late(session: Session, report: Report, quick: bool) -> None:
             cell = {"kind": "late", "width": width, "seed": seed, "steps": steps}
             try:
                 reading = session.measure(cell, make, f"late check, width {width}, seed {seed}")
-            except OutOfMemoryError:
+            except TooWideError:
                 session.notes.append(f"the late check does not fit into memory at width {width}")
                 break
             readings[width, seed] = reading

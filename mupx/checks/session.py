@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mupx.checks.store import Store
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset
+from mupx.errors import out_of_memory
 from mupx.layers import Parameter
 from mupx.training import Run
 
@@ -29,7 +28,7 @@ class SweepPoint:
     seed: int
 
 
-class OutOfMemoryError(Exception):
+class TooWideError(Exception):
     """A width does not fit."""
 
 
@@ -81,13 +80,13 @@ class Session:
         return Run(self.config(parametrization, width, seed, **changes), self.data, self.parameters)
 
     def measure(self, cell: Mapping[str, Any], make: Callable[[], Any], text: str) -> Any:
-        """Return a cell's reading; a width that does not fit raises OutOfMemoryError."""
+        """Return a cell's reading; a width that does not fit raises TooWideError."""
         try:
             reading = self.store.get(cell, make)
         except (MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not out_of_memory(error):
                 raise
-            raise OutOfMemoryError from None
+            raise TooWideError from None
         if self._progress is not None and text not in self._seen:
             self._seen.add(text)
             self._progress(len(self._seen), max(len(self._seen), self.total), text)
@@ -98,12 +97,3 @@ class Session:
         kept = [w for w in self.widths if w < width]
         self.notes.append(f"width {width} does not fit into memory; judged on {', '.join(map(str, kept))}")
         self.widths[:] = kept
-
-
-def _is_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "allocate memory" in text
-        or "not enough memory" in text
-    )

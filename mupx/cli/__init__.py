@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from mupx.cli import report, rules, status, train, transfer, tune, verify
-from mupx.errors import MupxError, NoResultError, StorageError, UsageError
+from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
 
 GRACE = 10  # seconds a terminated process has to close its trials and files
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -96,7 +96,7 @@ def _understood(error: Exception) -> MupxError | None:
         return error
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return StorageError(f"cannot use {error.filename or 'the disk'}: {error.strerror}")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return NoResultError("out of memory; use a smaller batch (train.batch_size), width or model")
     if isinstance(error, UnicodeEncodeError):
         return UsageError(f"the terminal cannot show {error.object!r}; set PYTHONIOENCODING=utf-8")

@@ -16,7 +16,7 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import TrialState
 
 from mupx.config import Experiment, Hyperparameters, refuse_difference
-from mupx.errors import MupxError, NoResultError, NotFoundError, StorageError, UsageError
+from mupx.errors import MupxError, NoResultError, NotFoundError, StorageError, UsageError, out_of_memory
 from mupx.search import choice, confirmation, sampling
 from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign, Outcome, Proxy, told_value, without_test
@@ -370,7 +370,7 @@ def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> No
         return
     count = "3 times in a row with the same error" if same else f"{len(failures)} times"
     message = f"a trial failed {count} ({_text(failures[-1])}); "
-    if all(type(error).__name__ in ("OutOfMemoryError", "MemoryError") for error in last):
+    if all(map(out_of_memory, last)):
         raise NoResultError(message + "use a smaller batch, width or model") from failures[-1]
     raise UsageError(
         message + "correct the code that raised it and run the same command again"
