@@ -30,6 +30,15 @@ KFAC_EXACT = ("kfac", "exact", 0.05, 1e-2)
 SHAMPOO = ("shampoo", "relative", 0.05, 1e-3)
 SHAMPOO_ABSOLUTE = ("shampoo", "absolute", 0.05, 1e-5)
 Setup = tuple[str, str | None, float, float]
+SETUPS: dict[str, Setup] = {
+    "sgd": SGD,
+    "adamw": ADAMW,
+    "kfac, trace": KFAC,
+    "kfac, absolute": KFAC_ABSOLUTE,
+    "kfac, exact": KFAC_EXACT,
+    "shampoo, relative": SHAMPOO,
+    "shampoo, absolute": SHAMPOO_ABSOLUTE,
+}
 
 Field = Literal["init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay"]
 FIELDS: tuple[Field, ...] = ("init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from . import settings
 from .faults import FAULTS
-from .settings import experiment, slopes
+from .settings import SETUPS, experiment, slopes
 
 WIDTHS = (64, 128, 256, 512)
-RIGHT = {
-    "sgd": settings.SGD,
-    "adamw": settings.ADAMW,
-    "kfac, trace": settings.KFAC,
-    "kfac, absolute": settings.KFAC_ABSOLUTE,
-    "kfac, exact": settings.KFAC_EXACT,
-    "shampoo, relative": settings.SHAMPOO,
-    "shampoo, absolute": settings.SHAMPOO_ABSOLUTE,
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -31,8 +21,8 @@ def test_a_planted_fault_is_caught_and_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", SETUPS)
 def test_a_right_configuration_passes(name: str, bias: bool) -> None:
-    report = slopes(experiment(RIGHT[name], bias=bias), WIDTHS, seeds=(0,))
+    report = slopes(experiment(SETUPS[name], bias=bias), WIDTHS, seeds=(0,))
     assert report.verdict == "pass", report.causes
     assert report.causes == []

@@ -10,19 +10,9 @@ import pytest
 from mupx import scaling
 from mupx.scaling import ROLES, Role
 
-from . import settings
-from .settings import FIELDS, Field, Setup, experiment, mutant, registered, slopes
+from .settings import FIELDS, SETUPS, Field, Setup, experiment, mutant, registered, slopes
 
 WIDTHS = (64, 128, 256, 512)
-SETUPS = {
-    "sgd": settings.SGD,
-    "adamw": settings.ADAMW,
-    "kfac, trace": settings.KFAC,
-    "kfac, absolute": settings.KFAC_ABSOLUTE,
-    "kfac, exact": settings.KFAC_EXACT,
-    "shampoo, relative": settings.SHAMPOO,
-    "shampoo, absolute": settings.SHAMPOO_ABSOLUTE,
-}
 QUICK = ("sgd", "adamw")
 # Mutations that change no number of any run, with the reason.
 UNDETECTABLE = {
