@@ -86,9 +86,13 @@ def choose(study: Study, experiment: Experiment, pick: str | int = "best") -> Ch
 
 
 def _confirmed(study: Study) -> Choice | None:
-    """Return the trial with the lowest mean over fresh seeds, if any have been run."""
+    """Return the trial with the lowest mean over fresh seeds; None while the leader has none.
+
+    A search that went on after its confirmation may have found a better trial, which must not lose
+    unseen.
+    """
     means = confirmation.means(study)
-    if not means:
+    if not means or usable(study)[0].number not in means:
         return None
     number = min(means, key=lambda n: (means[n], n))
     return replace(_numbered(study, number), value=means[number])

@@ -105,3 +105,11 @@ def test_an_objective_of_ones_own_cannot_be_confirmed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not take"):
         tune(experiment(2), run_dir=tmp_path, objective=lambda hyperparameters: 1.0)
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_better_trial_found_after_the_confirmation_does_not_lose_unseen(tmp_path: Path) -> None:
+    tune(experiment(0), run_dir=tmp_path)
+    study = study_in(tmp_path)
+    first, second = sorted(study.trials, key=lambda t: t.value)[:2]
+    study.set_user_attr(confirmation.ATTRIBUTE, {str(second.number): [9.0] * confirmation.SEEDS})
+    assert choose(study, experiment(0), "best").trial == first.number
