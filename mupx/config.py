@@ -103,6 +103,11 @@ class Range(_Section):
     high: float
     log: bool = True
 
+    @property
+    def centre(self) -> float:
+        """The middle of the interval, on its own scale."""
+        return math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not (math.isfinite(self.low) and math.isfinite(self.high)):

@@ -266,3 +266,8 @@ def test_a_dumped_experiment_parses_to_itself(experiment: Experiment) -> None:
 def test_experiments_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Experiment().train.seed = 3
+
+
+def test_the_centre_of_a_range_lies_on_its_own_scale():
+    assert Range(low=0.01, high=1.0).centre == pytest.approx(0.1)
+    assert Range(low=0.0, high=0.5, log=False).centre == 0.25

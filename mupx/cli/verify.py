@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,7 +133,7 @@ def _experiment(
     else:
         sources = o.sources(path, items, flags)
         experiment, provenance = o.fixed_experiment([*_centred(sources), *sources[1:]]), {}
-    base = experiment.scaling.base_width if "width" not in flags or flags["width"] is None else flags["width"]
+    base = flags["width"] or experiment.scaling.base_width
     experiment = experiment.updated({"scaling.base_width": base, "scaling.width": base})
     o.check_names(experiment)
     return experiment, provenance
@@ -145,10 +144,7 @@ def _centred(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     file = configs.merge(sources[0], {})
     space = file.get("search", {}).pop("space", {}) if isinstance(file.get("search"), dict) else {}
     for name, given in space.items():
-        interval = configs.Range.model_validate(given)
-        centre = (
-            math.sqrt(interval.low * interval.high) if interval.log else (interval.low + interval.high) / 2
-        )
+        centre = configs.Range.model_validate(given).centre
         if name not in file.get("hyperparameters", {}):
             note(f"{name} is a range: its centre {centre:.4g} is verified; a fixed value sets another")
             file = configs.merge(file, {f"hyperparameters.{name}": centre})
