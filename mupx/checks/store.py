@@ -38,6 +38,7 @@ class Store:
         self._study = open_study(url, STUDY, create=True, identity=identity)
         with storage_errors(url):
             self._study.set_user_attr("verifies", experiment.model_dump(mode="json"))
+            self._study.set_user_attr("result", None)  # an earlier verdict may be about fewer widths
             for trial in self._study.get_trials(deepcopy=False):
                 if "cell" in trial.user_attrs:
                     self._known[_key(trial.user_attrs["cell"])] = trial.user_attrs["reading"]

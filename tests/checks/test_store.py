@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 
-from mupx.checks.store import FILE, STUDY, Store
+from mupx.checks.store import FILE, STUDY, Store, state
 from mupx.config import Experiment
 from mupx.errors import MismatchError, StorageError
 from mupx.study import file_url
@@ -179,3 +179,11 @@ def test_a_killed_verification_loses_only_the_measurement_it_was_in(tmp_path: Pa
     assert continued.get(WIDE, measure) == {"loss": 0.25}
     assert measure.made == 1
     assert store(tmp_path).get(WIDE, refuse) == {"loss": 0.25}
+
+
+def test_an_earlier_verdict_does_not_outlive_a_new_start(tmp_path: Path) -> None:
+    first = Store(tmp_path, IDENTITY, Experiment())
+    first.finish("pass", [])
+    assert (state(tmp_path)["state"], state(tmp_path)["verdict"]) == ("finished", "pass")
+    Store(tmp_path, IDENTITY, Experiment())
+    assert (state(tmp_path)["state"], state(tmp_path)["verdict"]) == ("unfinished", None)
