@@ -11,8 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Scalar = Tensor | float
+
 DECOMPOSED = 256  # up to this size λmax comes from a full decomposition
 BLOCK = 8  # vectors of the subspace iteration: a plateau at λ₂ would have to hold nine eigenvalues
+
+
+def over(scalar: Scalar, tensor: Tensor) -> Scalar:
+    """Shape a hyperparameter ``[...]`` so that it broadcasts over the trailing axes of ``tensor``."""
+    if isinstance(scalar, Tensor) and scalar.dim():
+        return scalar.reshape(*scalar.shape, *[1] * (tensor.dim() - scalar.dim()))
+    return scalar
 
 
 def trace(factor: Tensor) -> Tensor:

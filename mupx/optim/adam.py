@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mupx.optim.base import DEFAULTS, Base, Groups, Scalar
+from mupx.linalg import Scalar
+from mupx.optim.base import DEFAULTS, Base, Groups
 
 
 class AdamW(Base):

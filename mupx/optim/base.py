@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mupx.errors import UsageError
+from mupx.linalg import Scalar, over
 from mupx.scaling import WeightDecayMode, find_rule
 
 Groups = Iterable[Any]
-Scalar = Tensor | float
 
 
 class Scale(NamedTuple):
@@ -40,13 +40,6 @@ class Scale(NamedTuple):
 def heavy_ball(update: Tensor, buffer: Tensor | None, momentum: Scalar) -> Tensor:
     """Return the new momentum buffer v ← μ v + u; the first buffer is u itself."""
     return update.clone() if buffer is None else buffer * over(momentum, buffer) + update
-
-
-def over(scalar: Scalar, tensor: Tensor) -> Scalar:
-    """Shape a hyperparameter ``[...]`` so that it broadcasts over the trailing axes of ``tensor``."""
-    if isinstance(scalar, Tensor) and scalar.dim():
-        return scalar.reshape(*scalar.shape, *[1] * (tensor.dim() - scalar.dim()))
-    return scalar
 
 
 def adam_direction(

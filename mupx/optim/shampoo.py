@@ -15,12 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from mupx.errors import UsageError
-from mupx.linalg import inverse_root, largest_eigenvalue, trace
+from mupx.linalg import Scalar, inverse_root, largest_eigenvalue, trace
 from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
-    Scalar,
     Scale,
     finite_or,
     refresh_interval,

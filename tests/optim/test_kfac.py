@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mupx.curvature import EagerCapture, FactorSums, factorable_layers
 from mupx.errors import UsageError
 from mupx.losses import LOSSES
-from mupx.optim.kfac import KFAC, build_solver, precondition, precondition_bias, ridges
+from mupx.optim.kfac import KFAC
 from mupx.parametrization import parametrize
+from mupx.preconditioning import build_solver, precondition, precondition_bias, ridges
 from tests import oracles
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import backward, make, one_update, train

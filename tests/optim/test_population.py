@@ -22,8 +22,8 @@ from mupx.optim.base import (
     refresh_interval,
     running_average,
 )
-from mupx.optim.kfac import build_solver, precondition, precondition_bias
 from mupx.optim.shampoo import moments, roots
+from mupx.preconditioning import build_solver, precondition, precondition_bias
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import batches, make, train
 

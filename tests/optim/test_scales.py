@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mupx import linalg
 from mupx.linalg import largest_eigenvalue, trace
 from mupx.optim.base import Base
-from mupx.optim.kfac import KFAC, precondition, precondition_bias
+from mupx.optim.kfac import KFAC
 from mupx.optim.shampoo import blocks_of, moments
+from mupx.preconditioning import precondition, precondition_bias
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import batches, make, train
 from tests.strategies import rotation, seeds
