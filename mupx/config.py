@@ -49,7 +49,9 @@ class OptimizerConfig(_Section):
     """Which optimizer and its structural choices (nothing here is tuned).
 
     Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
-    never older than the fraction ``staleness`` of the steps done.
+    never older than the fraction ``staleness`` of the steps done. ``solver`` says how factors are kept
+    and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
+    rounding.
     """
 
     name: str = "kfac"
@@ -58,6 +60,7 @@ class OptimizerConfig(_Section):
     refresh: PositiveInt = 10
     staleness: Annotated[float, Field(gt=0, le=1)] = 0.05
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    solver: Literal["auto", "dense", "low-rank"] = "auto"
     accumulate: Literal["average", "sum"] = "average"
     blocks: Annotated[int, Field(ge=0, strict=True)] = 0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

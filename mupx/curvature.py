@@ -19,7 +19,7 @@ which works under ``torch.func.grad`` and ``vmap``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -97,27 +97,105 @@ class FactorSums:
         if mask is not None:
             weights = mask.to(rows.dtype).expand(rows.shape[:2]).reshape(-1, 1)
             kept, count = flat * weights, weights.sum()
-        product = flat.mT @ kept
-        self.inputs = product if self.inputs is None else self.inputs + product
+        self._keep_inputs(kept)
         self.input_count = self.input_count + count
 
     def add_outputs(self, rows: Tensor, scale: Tensor | float) -> None:
         """Add Σ δ δᵀ for δ = scale · rows, rows ``[N·T, d_out]``."""
-        product = (rows.mT @ rows) * scale**2
+        self._keep_outputs(rows * scale)
+
+    def _keep_inputs(self, rows: Tensor) -> None:
+        product = rows.mT @ rows
+        self.inputs = product if self.inputs is None else self.inputs + product
+
+    def _keep_outputs(self, rows: Tensor) -> None:
+        product = rows.mT @ rows
         self.outputs = product if self.outputs is None else self.outputs + product
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (A, B).
+    def factor(self, side: str) -> Tensor:
+        """Return A or B.
+
+        Args:
+            side: ``"A"`` or ``"B"``.
 
         Raises:
             UsageError: The layer saw no forward or no backward pass.
         """
-        if self.inputs is None or self.outputs is None:
+        total, count = {"A": (self.inputs, self.input_count), "B": (self.outputs, self.output_count)}[side]
+        if total is None:
             raise UsageError(
                 "no curvature captured: run the forward and the backward pass inside `with opt.curvature():`"
                 " (and call `opt.update_curvature(outputs)` for the Monte-Carlo and exact Fisher)"
             )
-        return self.inputs / self.input_count, self.outputs / self.output_count
+        return total / count
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (A, B), as :meth:`factor` does."""
+        return self.factor("A"), self.factor("B")
+
+
+@dataclass
+class FactorRows(FactorSums):
+    """The rows h and δ themselves, as long as there are at most ``limit`` of each; then their sums.
+
+    With fewer rows than units both the factors and the gradient are products of thin matrices, and
+    everything K-FAC and Shampoo do with them is cheaper before they are multiplied out. Where only the
+    gradient is wanted (``summed`` False), too many rows are dropped.
+    """
+
+    limit: int = 0
+    summed: bool = True
+    h: list[Tensor] = field(default_factory=list)
+    delta: list[Tensor] = field(default_factory=list)
+
+    def _keep_inputs(self, rows: Tensor) -> None:
+        self._keep(self.h, rows, super()._keep_inputs, self.inputs)
+
+    def _keep_outputs(self, rows: Tensor) -> None:
+        self._keep(self.delta, rows, super()._keep_outputs, self.outputs)
+
+    def _keep(
+        self, kept: list[Tensor], rows: Tensor, add: Callable[[Tensor], None], total: Tensor | None
+    ) -> None:
+        kept.append(rows)
+        if total is not None or sum(map(len, kept)) > self.limit:
+            for each in kept if self.summed else ():
+                add(each)
+            kept.clear()
+
+    def columns(self, side: str) -> Tensor | None:
+        """Return a thin F ``[d, n]`` with F Fᵀ = the factor, or None where the rows were summed up."""
+        rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]
+        if not rows:
+            return None
+        F = torch.cat(rows).mT
+        return F / torch.as_tensor(count, dtype=F.dtype, device=F.device).sqrt()
+
+    def factor(self, side: str) -> Tensor:
+        """Return A or B, as :meth:`FactorSums.factor`."""
+        F = self.columns(side)
+        return super().factor(side) if F is None else F @ F.mT
+
+    def gradient(self, actual: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return thin (D ``[n, d_out]``, H ``[n, d_in]``) with DᵀH = the weight gradient, or None.
+
+        The rows give the gradient of this pass's loss up to one factor. A probe c·DᵀH v = G v finds the
+        factor and tells whether it is all: clipping and loss scaling pass, a gradient that was averaged
+        over ranks, decayed or otherwise edited does not.
+
+        Args:
+            actual: G as the optimizer sees it, ``[d_out, d_in]``.
+        """
+        if not (self.h and self.delta):
+            return None
+        H, D = torch.cat(self.h), torch.cat(self.delta)
+        if len(H) != len(D):
+            return None
+        probe = torch.cos(torch.arange(1, H.shape[1] + 1, dtype=H.dtype, device=H.device))
+        wanted, found = actual @ probe, D.mT @ (H @ probe)
+        factor = (wanted @ found) / (found @ found)
+        error = (wanted - factor * found).norm() / wanted.norm()
+        return (D * factor, H) if bool(error < 1000 * torch.finfo(H.dtype).eps) else None
 
 
 class EagerCapture:
@@ -126,7 +204,7 @@ class EagerCapture:
     Args:
         layers: Modules to watch.
         sums: Accumulators to add to, by layer name.
-        loss: The loss, for its normaliser and mask.
+        loss: The loss, for its normaliser and mask; None for a plain mean over the batch dimension.
         targets: Targets of this batch; None means every sample counts once.
         loss_scale: Factor between the back-propagated quantity and the mean loss (gradient
             accumulation by 1/k, a GradScaler's scale).
@@ -137,14 +215,16 @@ class EagerCapture:
         self,
         layers: Mapping[str, Layer],
         sums: Mapping[str, FactorSums],
-        loss: Loss,
+        loss: Loss | None = None,
         targets: Tensor | None = None,
         loss_scale: float = 1.0,
         empirical: bool = True,
     ) -> None:
         self._layers, self._sums, self._loss = layers, sums, loss
-        self._mask = None if targets is None else loss.mask(targets)
-        self._terms = None if targets is None else loss.normaliser(targets)
+        self._mask: Tensor | None = None
+        self._terms: Tensor | int | None = None
+        if loss is not None and targets is not None:
+            self._mask, self._terms = loss.mask(targets), loss.normaliser(targets)
         self._loss_scale, self._empirical = loss_scale, empirical
         self._edges: list[tuple[str, GradientEdge]] = []
         self._handles: list[RemovableHandle] = []
@@ -198,6 +278,7 @@ class EagerCapture:
             generator: Source of the sampled labels.
             labels: Labels to use instead of sampling (Monte-Carlo only).
         """
+        assert self._loss is not None
         if exact:
             directions = self._loss.exact_gradients(outputs)
         else:

@@ -24,7 +24,7 @@ from mupx.roles import Factory, describe, initial_std
 from mupx.scaling import find_parametrization, find_rule
 
 Group = dict[str, Any]
-STRUCTURE = ("fisher", "refresh", "staleness", "ema", "blocks", "accumulate")
+STRUCTURE = ("fisher", "refresh", "staleness", "ema", "solver", "blocks", "accumulate")
 CHECKED = ("lr", "damping_A", "damping_B", "eps", "weight_decay")
 
 

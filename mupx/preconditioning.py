@@ -7,48 +7,102 @@ gives a zero update and ok = False.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mupx.linalg import Scalar, damped_inverse, eigh, over, trace
+from mupx import lowrank
+from mupx.linalg import Scalar, damped_cholesky, damped_inverse, eigh, largest_eigenvalue, over, trace
+from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank
 
+Factor = Tensor | Columns
 Solver = dict[str, Tensor]
 
 
-def ridges(A: Tensor, B: Tensor, damping_A: Scalar, damping_B: Scalar, rule: str) -> tuple[Tensor, Tensor]:
+class Cholesky(NamedTuple):
+    """(M + ρ I)⁻¹ X by two triangular solves; half the cost of an inverse that is seldom applied.
+
+    Attributes:
+        lower: C with C Cᵀ = M + ρ I, ``[..., d, d]``.
+        gain: 1, or 0 for a factor that is zero or not finite, ``[...]``.
+    """
+
+    lower: Tensor
+    gain: Tensor
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Return (M + ρ I)⁻¹ X for ``[..., d, n]``."""
+        solved = torch.cholesky_solve(X.to(self.lower.dtype), self.lower).to(X.dtype)
+        return self.gain[..., None, None] * solved
+
+    @property
+    def flops(self) -> int:
+        """Operations per vector it is applied to."""
+        return 2 * self.lower.shape[-1] ** 2
+
+
+Operator = Tensor | LowRank | Cholesky
+
+
+def ridges(A: Factor, B: Factor, damping_A: Scalar, damping_B: Scalar, rule: str) -> tuple[Tensor, Tensor]:
     """Return the ridges (ρ_A, ρ_B), each ``[...]``, in the units of A ``[..., d, d]`` and of B."""
-    tr_A, tr_B = trace(A), trace(B)
+    tr_A, tr_B = trace_of(A), trace_of(B)
     if rule == "trace":
         return damping_A * tr_A, damping_B * tr_B
     if rule == "pi":
         # Written as products: below a zero head tr B = 0 and π would be infinite.
-        mean_A, mean_B = tr_A / A.shape[-1], tr_B / B.shape[-1]
-        tiny = torch.finfo(A.dtype).tiny
-        root = torch.as_tensor(damping_B, dtype=A.dtype, device=A.device).sqrt()
+        mean_A, mean_B = tr_A / _dimension(A), tr_B / _dimension(B)
+        tiny = torch.finfo(tr_A.dtype).tiny
+        root = torch.as_tensor(damping_B, dtype=tr_A.dtype, device=tr_A.device).sqrt()
         pi = (mean_A.clamp_min(tiny) / mean_B.clamp_min(tiny)).sqrt()
         return root * pi, root / pi
     return damping_A + torch.zeros_like(tr_A), damping_B + torch.zeros_like(tr_B)
 
 
+def trace_of(factor: Factor) -> Tensor:
+    """Return tr(M) ``[...]`` of a factor in either form."""
+    return factor.trace if isinstance(factor, Columns) else trace(factor)
+
+
+def size_of(factor: Factor) -> Tensor:
+    """Return λmax(M) ``[...]`` of a factor in either form; zero where it is zero or not finite."""
+    if isinstance(factor, Columns):
+        return factor.values.amax() if len(factor.values) else factor.trace
+    return largest_eigenvalue(factor)
+
+
+def _dimension(factor: Factor) -> int:
+    return factor.columns.shape[-2] if isinstance(factor, Columns) else factor.shape[-1]
+
+
 def build_solver(
-    A: Tensor, B: Tensor, damping_A: Scalar | None, damping_B: Scalar, bias_ridge: Scalar | None, rule: str
+    A: Factor,
+    B: Factor,
+    damping_A: Scalar | None,
+    damping_B: Scalar,
+    bias_ridge: Scalar | None,
+    rule: str,
+    solved: Collection[str] = (),
 ) -> tuple[Solver, Tensor]:
     """Prepare what :func:`precondition` needs from one layer's factors.
 
     Args:
-        A: ``[..., d_in, d_in]``.
-        B: ``[..., d_out, d_out]``.
+        A: ``[..., d_in, d_in]``, or its columns.
+        B: ``[..., d_out, d_out]``, or its columns.
         damping_A: ρ_A of the weight; unused by ``exact``.
         damping_B: ρ_B of the weight, or the single ρ of ``exact``.
         bias_ridge: ρ_B of the bias where it differs from the weight's (``exact``).
         rule: ``absolute``, ``trace``, ``pi`` or ``exact``.
+        solved: The sides, of ``"A"`` and ``"B"``, whose Cholesky factor is kept in place of the inverse.
 
     Returns:
         The solver and ok ``[...]``: False where a factor is zero or not finite, so U is zero.
     """
     if rule == "exact":
+        assert isinstance(A, Tensor)
+        assert isinstance(B, Tensor)
         values_A, vectors_A, ok_A = eigh(A)
         values_B, vectors_B, ok_B = eigh(B)
         ok = ok_A & ok_B
@@ -60,9 +114,91 @@ def build_solver(
         return solver, ok
     assert damping_A is not None
     rho_A, rho_B = ridges(A, B, damping_A, damping_B, rule)
-    inverse_A, ok_A = damped_inverse(A, rho_A)
-    inverse_B, ok_B = damped_inverse(B, rho_B)
-    return {"inverse_A": inverse_A, "inverse_B": inverse_B}, ok_A & ok_B
+    inverse_A, ok_A = _inverse("A", A, rho_A, "A" in solved)
+    inverse_B, ok_B = _inverse("B", B, rho_B, "B" in solved)
+    return {**inverse_A, **inverse_B}, ok_A & ok_B
+
+
+def _inverse(side: str, factor: Factor, rho: Tensor, solve: bool) -> tuple[Solver, Tensor]:
+    if isinstance(factor, Columns):
+        factor = lowrank.truncated(factor, TOLERANCE * rho)
+        function, ok = lowrank.inverse(factor, rho)
+        return lowrank.state_of(side, factor, function), ok
+    if solve:
+        lower, ok = damped_cholesky(factor, rho)
+        return {f"cholesky_{side}": lower, f"usable_{side}": ok.to(factor.dtype)}, ok
+    inverse, ok = damped_inverse(factor, rho)
+    return {f"inverse_{side}": inverse}, ok
+
+
+def prefers_cholesky(d: int, vectors: int, interval: int) -> bool:
+    """Whether two triangular solves per step beat forming the inverse, which costs another d³.
+
+    Args:
+        d: Size of the factor.
+        vectors: Columns the inverse is applied to in one step.
+        interval: Steps until the next refresh.
+    """
+    return d >= SMALLEST and vectors * interval < d
+
+
+def side_of(solver: Mapping[str, Tensor], side: str) -> Operator:
+    """Return what multiplies a gradient on one side: ``operator @ X`` works for every form."""
+    if f"cholesky_{side}" in solver:
+        return Cholesky(solver[f"cholesky_{side}"], solver[f"usable_{side}"])
+    function = lowrank.function_in(solver, side)
+    return solver[f"inverse_{side}"] if function is None else function
+
+
+def clear_side(state: dict[str, Tensor], side: str, *, keep_columns: bool) -> None:
+    """Remove one side's solver from an optimizer's state, whatever its form, to make room for the next.
+
+    Args:
+        state: The weight's state.
+        side: ``"A"`` or ``"B"``.
+        keep_columns: Leave a low-rank factor, which goes on being averaged.
+    """
+    if not keep_columns:
+        lowrank.without_columns(state, side)
+    for key in ("inverse", "cholesky", "usable"):
+        state.pop(f"{key}_{side}", None)
+
+
+def times(matrix: Tensor, operator: Operator) -> Tensor:
+    """Return X P for ``[..., n, d]`` and a symmetric operator P."""
+    return matrix @ operator if isinstance(operator, Tensor) else (operator @ matrix.mT).mT
+
+
+def thin_update(left: Operator, D: Tensor, H: Tensor, right: Operator) -> Tensor:
+    """Return P G Q for a gradient G = Dᵀ H of n rows, without a product of two large matrices.
+
+    Args:
+        left: P, acting on ``[d_out, n]``.
+        D: ``[n, d_out]``.
+        H: ``[n, d_in]``.
+        right: Q, acting on ``[d_in, n]``.
+    """
+    return (left @ D.mT) @ times(H, right)
+
+
+def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -> bool:
+    """Whether :func:`thin_update` costs less than multiplying the whole gradient from both sides.
+
+    Args:
+        left: Acts on ``d_out`` entries.
+        right: Acts on ``d_in`` entries.
+        shape: (d_out, d_in).
+        n: Rows of D and H.
+    """
+    d_out, d_in = shape
+    if min(d_out, d_in) < SMALLEST:
+        return False
+    column, row = _flops(left), _flops(right)
+    return n * (column + row) + 2 * n * d_out * d_in < d_in * column + d_out * row
+
+
+def _flops(operator: Operator) -> int:
+    return 2 * operator.numel() if isinstance(operator, Tensor) else operator.flops
 
 
 def precondition(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
@@ -70,7 +206,7 @@ def precondition(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
     if "inner" in solver:
         Q_A, Q_B = solver["vectors_A"], solver["vectors_B"]
         return Q_B @ ((Q_B.mT @ gradient @ Q_A) * solver["inner"]) @ Q_A.mT
-    return solver["inverse_B"] @ gradient @ solver["inverse_A"]
+    return times(side_of(solver, "B") @ gradient, side_of(solver, "A"))
 
 
 def precondition_bias(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
@@ -79,4 +215,4 @@ def precondition_bias(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
     if "inner_bias" in solver:
         Q_B = solver["vectors_B"]
         return (Q_B @ ((Q_B.mT @ column) * solver["inner_bias"].unsqueeze(-1))).squeeze(-1)
-    return (solver["inverse_B"] @ column).squeeze(-1)
+    return (side_of(solver, "B") @ column).squeeze(-1)

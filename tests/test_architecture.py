@@ -25,6 +25,7 @@ LEVELS = {
     "mupx.study": 1,
     "mupx.roles": 2,
     "mupx.linalg": 2,
+    "mupx.lowrank": 2,
     "mupx.preconditioning": 3,
     "mupx.losses": 2,
     "mupx.curvature": 3,

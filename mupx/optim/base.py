@@ -218,25 +218,29 @@ def split_ridge(damping: float, ratio: float) -> tuple[float, float]:
     return damping * math.sqrt(ratio), damping / math.sqrt(ratio)
 
 
-def running_average(old: Tensor | None, new: Tensor, ema: float, seen: int, gap: int) -> Tensor:
-    """Return the average of factors, whose memory is measured in steps, not in refreshes.
+def average_weight(ema: float, seen: int, gap: int) -> float:
+    """Return the weight of a new factor in a running average: max(1 − ema^gap, 1/(seen + 1)).
 
-    The weight of the new factor is max(1 − ema^gap, 1/(seen + 1)): a plain mean until the window of
-    ``ema`` is filled, so the start needs no bias correction.
+    The memory is measured in steps, not in refreshes; a plain mean until the window of ``ema`` is filled
+    means that the start needs no bias correction.
 
     Args:
-        old: Average so far, None at first.
-        new: The factor of this step's batch.
         ema: Decay per step.
         seen: Factors averaged so far.
         gap: Steps since the last one.
     """
-    return new if old is None else torch.lerp(old, new, max(1.0 - ema**gap, 1.0 / (seen + 1)))
+    return max(1.0 - ema**gap, 1.0 / (seen + 1))
+
+
+def running_average(old: Tensor | None, new: Tensor, ema: float, seen: int, gap: int) -> Tensor:
+    """Return (1 − w) old + w new with :func:`average_weight`'s w; the new factor alone at first."""
+    return new if old is None else torch.lerp(old, new, average_weight(ema, seen, gap))
 
 
 def finite_or(new: Tensor, old: Tensor | None) -> Tensor | None:
     """Return ``new``, or ``old`` where an overflow would otherwise stay in a running statistic for ever."""
-    return new if bool(new.isfinite().all()) else old
+    low, high = new.aminmax()
+    return new if bool(low.isfinite() & high.isfinite()) else old
 
 
 def refresh_interval(step: int, refresh: int, staleness: float) -> int:

@@ -22,14 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import EagerCapture, FactorSums, Layer, factorable_layers
-from mupx.linalg import Scalar, largest_eigenvalue, trace
+from mupx.curvature import EagerCapture, FactorRows, FactorSums, Layer, factorable_layers
+from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
+from mupx.lowrank import (
+    CHOLESKY,
+    SMALLEST,
+    SOLVERS,
+    Columns,
+    averaged,
+    factor_in,
+    pays,
+)
 from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
     Scale,
+    average_weight,
     finite_or,
     refresh_interval,
     require_choice,
@@ -39,7 +49,20 @@ from mupx.optim.base import (
     sort_groups,
     split_ridge,
 )
-from mupx.preconditioning import build_solver, precondition, precondition_bias, ridges
+from mupx.preconditioning import (
+    Factor,
+    build_solver,
+    clear_side,
+    precondition,
+    precondition_bias,
+    prefers_cholesky,
+    ridges,
+    side_of,
+    size_of,
+    thin_pays,
+    thin_update,
+    trace_of,
+)
 
 
 class KFAC(Base):
@@ -67,6 +90,8 @@ class KFAC(Base):
         refresh: Longest interval between updates of the factors and their inverses, in steps.
         staleness: Largest age of the curvature as a fraction of the steps done; what decides early on.
         ema: Decay per step of the running average of A and B (0: the current batch only).
+        solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
+            layer and side whichever costs less.
         momentum: Heavy-ball momentum on the preconditioned update.
         fallback_lr: AdamW's learning rate for what K-FAC cannot factor.
         betas: AdamW's betas for the same.
@@ -96,6 +121,7 @@ class KFAC(Base):
         refresh: int = 10,
         staleness: float = 0.05,
         ema: float = 0.95,
+        solver: str = "auto",
         momentum: float = 0.0,
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -107,6 +133,7 @@ class KFAC(Base):
         self.damping_rule = require_damping_rule("kfac", damping_rule)
         self.fisher = require_choice("fisher", fisher, ("empirical", "mc", "exact"))
         self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
+        self.solver = require_choice("solver", solver, SOLVERS)
         require_refresh(refresh, staleness, ema)
         self.refresh, self.staleness = refresh, staleness
         self.ema, self.generator = ema, generator
@@ -128,6 +155,7 @@ class KFAC(Base):
         }
         super().__init__(sort_groups(params, fallback_lr, self._can_factor), defaults)
         self._sums: dict[str, FactorSums] = {}
+        self._rows: dict[str, FactorSums] = {}
         self._capture: EagerCapture | None = None
         self.skipped: Counter[str] = Counter()
 
@@ -150,10 +178,33 @@ class KFAC(Base):
         """Whether the coming step updates the factors and so needs :meth:`curvature`."""
         return bool(self._due())
 
-    def _due(self) -> list[Tensor]:
+    def _weights(self) -> list[Tensor]:
         mine = (p for g in self.param_groups if g["algorithm"] == "kfac" for p in g["params"])
-        weights = (p for p in mine if id(p) in self._layers and p.requires_grad)
-        return [p for p in weights if self._stale(self.state.get(p, {}))]
+        return [p for p in mine if id(p) in self._layers and p.requires_grad]
+
+    def _due(self) -> list[Tensor]:
+        return [p for p in self._weights() if self._stale(self.state.get(p, {}))]
+
+    def _watched(self) -> list[Tensor]:
+        """Return the weights whose layers are captured in the coming passes."""
+        return [
+            p
+            for p in self._weights()
+            if self._stale(self.state.get(p, {})) or (self._thin and min(p.flatten(1).shape) >= SMALLEST)
+        ]
+
+    @property
+    def _columns(self) -> bool:
+        # Exact damping needs both eigenbases, whole.
+        return self.solver != "dense" and self.damping_rule != "exact"
+
+    @property
+    def _thin(self) -> bool:
+        # δ of a sampled or exact Fisher is not the gradient's.
+        return self._columns and self.fisher == "empirical"
+
+    def _collector(self, weight: Tensor, due: bool) -> FactorSums:
+        return FactorRows(limit=max(weight.flatten(1).shape), summed=due) if self._columns else FactorSums()
 
     def _stale(self, state: Mapping[str, Any]) -> bool:
         step = state.get("step", 0)
@@ -164,7 +215,7 @@ class KFAC(Base):
 
     @contextmanager
     def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
-        """Capture A and B from the passes inside; does nothing unless a refresh is due.
+        """Capture A and B from the passes inside when a refresh is due, and thin gradients where they pay.
 
         Args:
             targets: Targets of the batch, for the loss's normaliser and ignored terms; None means that
@@ -172,12 +223,14 @@ class KFAC(Base):
             loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
                 scale of a GradScaler.
         """
-        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in self._due()}
+        watched = self._watched()
+        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in watched}
         if not layers:
             yield
             return
-        for name in layers:
-            self._sums.setdefault(name, FactorSums())
+        due = {id(weight) for weight in self._due()}
+        for weight in watched:
+            self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
         empirical = self.fisher == "empirical"
         try:
             with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
@@ -200,40 +253,79 @@ class KFAC(Base):
 
     def before_step(self) -> None:
         """On a refresh step, average the new factors in and rebuild the solvers."""
-        sums, self._sums = self._sums, {}
+        self._rows, self._sums = self._sums, {}
         # Looked up anew: load_state_dict replaces the groups.
         groups = {id(p): g for g in self.param_groups for p in g["params"]}
         for weight in self._due():
             if weight.grad is not None:
-                self._refresh_layer(weight, sums.get(self._name(weight), FactorSums()), groups)
+                self._refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
 
     def _refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
         state, group = self.state[weight], groups[id(weight)]
-        seen, step = state.get("refreshes", 0), state.get("step", 0)
-        gap = step - state.get("refreshed_at", step)
-        A, B = (
-            running_average(state.get(key), new, self.ema, seen, gap)
-            for key, new in zip("AB", sums.factors(), strict=True)
-        )
-        state["A"], state["B"] = finite_or(A, state.get("A")), finite_or(B, state.get("B"))
-        state["refreshes"], state["refreshed_at"] = seen + 1, step
+        step = state.get("step", 0)
+        A, B = (self._average(state, sums, key) for key in "AB")
+        state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
         bias = self._layers[id(weight)].bias
         bias_group = None if bias is None else groups.get(id(bias))
         bias_ridge = None if bias_group is None else bias_group["damping_B"]
-        solver, ok = build_solver(A, B, group["damping_A"], group["damping_B"], bias_ridge, self.damping_rule)
+        solved = self._solved(weight, sums, step)
+        for side, factor in (("A", A), ("B", B)):
+            clear_side(state, side, keep_columns=isinstance(factor, Columns))
+        ridge_A, ridge_B = group["damping_A"], group["damping_B"]
+        solver, ok = build_solver(A, B, ridge_A, ridge_B, bias_ridge, self.damping_rule, solved)
         self.skipped[self._name(weight)] += int(not bool(ok))
         state.update(solver)
+
+    def _solved(self, weight: Tensor, sums: FactorSums, step: int) -> set[str]:
+        """Return the sides that are cheaper to solve with than to invert until the next refresh."""
+        if self.solver == "dense":
+            return set()
+        d_out, d_in = weight.flatten(1).shape
+        kept = sum(map(len, sums.h)) if isinstance(sums, FactorRows) else 0
+        rows = kept if kept and self._thin and min(d_out, d_in) >= SMALLEST else max(d_out, d_in)
+        interval = refresh_interval(step, self.refresh, self.staleness)
+        sizes = {"A": (d_in, min(d_out, rows)), "B": (d_out, min(d_in, rows))}
+        return {side for side, (d, vectors) in sizes.items() if prefers_cholesky(d, vectors, interval)}
+
+    def _average(self, state: dict[str, Any], sums: FactorSums, side: str) -> Factor:
+        """Average one side's new factor in; columns stay columns until they no longer pay."""
+        seen, step = state.get("refreshes", 0), state.get("step", 0)
+        gap = step - state.get("refreshed_at", step)
+        old = factor_in(state, side)
+        new = sums.columns(side) if isinstance(sums, FactorRows) else None
+        if new is not None and side not in state and self._keeps_columns(new, old):
+            weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
+            return averaged(old, new, 1.0 - weight, weight)
+        dense = state.get(side) if old is None else old.columns @ old.columns.mT
+        factor = running_average(dense, sums.factor(side), self.ema, seen, gap)
+        state[side] = finite_or(factor, dense)
+        return factor
+
+    def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
+        d, n = new.shape
+        return self.solver == "low-rank" or pays(d, n, 0 if old is None else old.columns.shape[-1], CHOLESKY)
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the momentum of the preconditioned gradient."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         if id(parameter) in self._layers:
-            flat = precondition(gradient.flatten(1), state)
+            flat = self._preconditioned(parameter, gradient.flatten(1))
             return self.momentum(parameter, flat.view_as(gradient), group)
         owner = self._bias_owner[id(parameter)]
         solver = self.state[owner.weight]
         return self.momentum(parameter, precondition_bias(gradient, solver), group)
+
+    def _preconditioned(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
+        if self._thin and isinstance(rows, FactorRows):
+            left, right = side_of(state, "B"), side_of(state, "A")
+            d_out, d_in = gradient.shape
+            if thin_pays(left, right, (d_out, d_in), sum(map(len, rows.h))):
+                thin = rows.gradient(gradient)
+                if thin is not None:
+                    return thin_update(left, *thin, right)
+        return precondition(gradient, state)
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return λmax of A and B with their ridges; a bias has B alone.
@@ -242,11 +334,11 @@ class KFAC(Base):
         """
         weight = self._bias_owner[id(parameter)].weight if id(parameter) in self._bias_owner else parameter
         state = self.state.get(weight, {})
-        if group["algorithm"] != self.algorithm or state.get("A") is None or state.get("B") is None:
+        A, B = (factor_in(state, side) or state.get(side) for side in "AB")
+        if group["algorithm"] != self.algorithm or A is None or B is None:
             return super().scales(parameter, group)
-        A, B = state["A"], state["B"]
-        sizes = {"A": largest_eigenvalue(A).item(), "B": largest_eigenvalue(B).item()}
-        traces = {"A": trace(A).item(), "B": trace(B).item()}
+        sizes = {"A": size_of(A).item(), "B": size_of(B).item()}
+        traces = {"A": trace_of(A).item(), "B": trace_of(B).item()}
         if self.damping_rule == "exact":
             ridge = float(group["damping_B"])
             if weight is not parameter:

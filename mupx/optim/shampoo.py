@@ -9,18 +9,37 @@ factors. What is not a matrix (biases, gains) goes to AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, inverse_root, largest_eigenvalue, trace
+from mupx.linalg import Scalar, eigh, inverse_root
+from mupx.lowrank import (
+    EIGH,
+    SMALLEST,
+    SOLVERS,
+    TOLERANCE,
+    Columns,
+    averaged,
+    factor_in,
+    function_in,
+    pays,
+    state_of,
+    truncated,
+    without_columns,
+)
+from mupx.lowrank import inverse_root as low_rank_root
 from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
     Scale,
+    average_weight,
     finite_or,
     refresh_interval,
     require_choice,
@@ -30,6 +49,7 @@ from mupx.optim.base import (
     sort_groups,
     split_ridge,
 )
+from mupx.preconditioning import Operator, size_of, thin_pays, thin_update, times, trace_of
 
 ROOT = 4.0
 
@@ -37,6 +57,19 @@ ROOT = 4.0
 def moments(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return (G Gᵀ, Gᵀ G) of ``[..., d_out, d_in]``."""
     return gradient @ gradient.mT, gradient.mT @ gradient
+
+
+def thin_moments(D: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return columns F_L ``[d_out, n]`` and F_R ``[d_in, n]`` of the moments of a gradient G = Dᵀ H.
+
+    F_L F_Lᵀ = G Gᵀ = Dᵀ (H Hᵀ) D and F_R F_Rᵀ = Gᵀ G = Hᵀ (D Dᵀ) H: only roots of ``[n, n]`` are taken.
+    """
+    return _weighted(D, H), _weighted(H, D)
+
+
+def _weighted(rows: Tensor, others: Tensor) -> Tensor:
+    values, vectors, ok = eigh(others @ others.mT)
+    return rows.mT @ (vectors * torch.where(ok, values, 0.0).sqrt())
 
 
 def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str) -> tuple[Tensor, Tensor]:
@@ -72,6 +105,10 @@ class Shampoo(Base):
         accumulate: ``average`` (running average with ``ema``) or ``sum``, as in the original.
         ema: Decay of the running average, per step.
         blocks: Largest block edge; 0 means one block.
+        model: The module the parameters belong to. With it, and with the forward and backward pass
+            inside :meth:`curvature`, gradients of wide layers are kept as the thin products they are.
+        solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
+            layer and side whichever costs less.
         momentum: Heavy-ball momentum on the preconditioned update.
         fallback_lr: AdamW's learning rate for biases and gains.
         betas: AdamW's betas for the same.
@@ -95,6 +132,8 @@ class Shampoo(Base):
         accumulate: str = "average",
         ema: float = 0.95,
         blocks: int = 0,
+        model: nn.Module | None = None,
+        solver: str = "auto",
         momentum: float = 0.0,
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -107,7 +146,12 @@ class Shampoo(Base):
         require_refresh(refresh, staleness, ema)
         if blocks < 0:
             raise UsageError(f"blocks must be ≥ 0 (0: one block), got {blocks}")
+        self.solver = require_choice("solver", solver, SOLVERS)
         self.refresh, self.staleness = refresh, staleness
+        self._layers = {} if model is None else factorable_layers(model)
+        self._names = {id(layer.weight): name for name, layer in self._layers.items()}
+        self._captured: dict[str, FactorRows] = {}
+        self._rows: dict[str, FactorRows] = {}
         self.ema, self.blocks = ema, blocks
         ridge_R, ridge_L = split_ridge(damping, damping_ratio)
         defaults = {
@@ -123,6 +167,44 @@ class Shampoo(Base):
         }
         super().__init__(sort_groups(params, fallback_lr, lambda p: p.dim() >= 2), defaults)
 
+    @contextmanager
+    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
+        """Capture thin gradients from the passes inside, where they pay; nothing depends on it but cost.
+
+        Args:
+            targets: Not needed: Shampoo knows no loss.
+            loss_scale: Not needed: a factor on the gradient is found by comparison.
+        """
+        layers = self._watched()
+        if not layers:
+            yield
+            return
+        for name, layer in layers.items():
+            limit = max(layer.weight.flatten(1).shape)
+            self._captured.setdefault(name, FactorRows(limit=limit, summed=False))
+        try:
+            with EagerCapture(layers, self._captured):
+                yield
+        except BaseException:
+            self._captured = {}  # what a broken pass left must not be taken for a gradient
+            raise
+
+    def _watched(self) -> dict[str, Layer]:
+        if self.solver == "dense":
+            return {}
+        mine = {id(p) for g in self.param_groups if g["algorithm"] == "shampoo" for p in g["params"]}
+        return {
+            name: layer
+            for name, layer in self._layers.items()
+            if id(layer.weight) in mine
+            and layer.weight.requires_grad
+            and (self.solver == "low-rank" or max(layer.weight.flatten(1).shape) >= SMALLEST)
+        }
+
+    def before_step(self) -> None:
+        """Take over what the last passes captured."""
+        self._rows, self._captured = self._captured, {}
+
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the momentum of L^-¼ G R^-¼, block by block."""
         state = self.state[parameter]
@@ -130,42 +212,101 @@ class Shampoo(Base):
         age = step - state.get("refreshed_at", -self.refresh)
         stale = age >= refresh_interval(step, self.refresh, self.staleness)
         matrix = gradient.flatten(1)
+        thin = self._thin_gradient(parameter, matrix)
         update = matrix.new_empty(matrix.shape)
         for index, (rows, columns) in enumerate(blocks_of(matrix, self.blocks)):
             block = matrix[rows, columns]
             if stale:
-                self._refresh(state, index, block, group, age)
-            update[rows, columns] = state[f"root_L{index}"] @ block @ state[f"root_R{index}"]
+                self._refresh(state, index, block, thin, group, age)
+            left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
+            d_out, d_in = block.shape
+            if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
+                update[rows, columns] = thin_update(left, *thin, right)
+            else:
+                update[rows, columns] = times(left @ block, right)
         if stale:
             state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
         state["step"] = step + 1
         return self.momentum(parameter, update.view_as(gradient), group)
+
+    def _thin_gradient(self, parameter: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        rows = self._rows.pop(self._names.get(id(parameter), ""), None)
+        one_block = not self.blocks or max(matrix.shape) <= self.blocks
+        return rows.gradient(matrix) if rows is not None and one_block else None
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return λmax and trace of L and R, the largest over blocks, with their ridges."""
         state = self.state.get(parameter, {})
         result = dict(super().scales(parameter, group))
         for side, key in (("L", "damping_B"), ("R", "damping_A")):
-            factors = [state[name] for name in state if name.startswith(side) and name[1:].isdigit()]
+            names = [f"{side}{index}" for index in range(len(state))]
+            present = [name for name in names if name in state or f"values_{name}" in state]
+            factors = [factor_in(state, name) or state[name] for name in present]
             if factors and all(factor is not None for factor in factors):
-                size = max(largest_eigenvalue(factor).item() for factor in factors)
+                size = max(size_of(factor).item() for factor in factors)
                 unit = size if self.damping_rule == "relative" else 1.0
-                largest = max(trace(factor).item() for factor in factors)
+                largest = max(trace_of(factor).item() for factor in factors)
                 result[side] = Scale(size, float(group[key]) * unit, largest)
         return result
 
     def _refresh(
-        self, state: dict[str, Any], index: int, block: Tensor, group: dict[str, Any], gap: int
+        self,
+        state: dict[str, Any],
+        index: int,
+        block: Tensor,
+        thin: tuple[Tensor, Tensor] | None,
+        group: dict[str, Any],
+        gap: int,
     ) -> None:
-        seen = state.get("refreshes", 0)
-        factors = {}
-        for side, new in zip("LR", moments(block), strict=True):
-            old = state.get(f"{side}{index}")
-            if self.accumulate == "sum":
-                factors[side] = new if old is None else old + new
+        columns = (None, None) if thin is None else thin_moments(*thin)
+        for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
+            name = f"{side}{index}"
+            old = factor_in(state, name)
+            if new is not None and name not in state and self._keeps_columns(new, old):
+                self._refresh_columns(state, name, old, new, group[key], gap)
             else:
-                factors[side] = running_average(old, new, self.ema, seen, gap)
-            state[f"{side}{index}"] = finite_or(factors[side], old)
-        state[f"root_L{index}"], state[f"root_R{index}"] = roots(
-            factors["L"], factors["R"], group["damping_B"], group["damping_A"], self.damping_rule
+                self._refresh_dense(state, name, old, block if side == "L" else block.mT, group[key], gap)
+
+    def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
+        d, n = new.shape
+        return self.solver == "low-rank" or pays(d, n, 0 if old is None else old.columns.shape[-1], EIGH)
+
+    def _refresh_columns(
+        self, state: dict[str, Any], name: str, old: Columns | None, new: Tensor, damping: Scalar, gap: int
+    ) -> None:
+        keep, weight = 1.0, 1.0
+        if self.accumulate == "average":
+            weight = 1.0 if old is None else average_weight(self.ema, state.get("refreshes", 0), gap)
+            keep = 1.0 - weight
+        factor = averaged(old, new, keep, weight)
+        ridge = damping * (
+            size_of(factor) if self.damping_rule == "relative" else torch.ones_like(factor.trace)
         )
+        factor = truncated(factor, TOLERANCE * ridge)
+        function, _ = low_rank_root(factor, ROOT, ridge)
+        state.update(state_of(name, factor, function))
+
+    def _refresh_dense(
+        self,
+        state: dict[str, Any],
+        name: str,
+        columns: Columns | None,
+        block: Tensor,
+        damping: Scalar,
+        gap: int,
+    ) -> None:
+        old = state.get(name) if columns is None else columns.columns @ columns.columns.mT
+        without_columns(state, name)
+        new = block @ block.mT
+        if self.accumulate == "sum":
+            factor = new if old is None else old + new
+        else:
+            factor = running_average(old, new, self.ema, state.get("refreshes", 0), gap)
+        state[name] = finite_or(factor, old)
+        state[f"root_{name}"], _ = inverse_root(factor, ROOT, damping, self.damping_rule == "relative")
+
+
+def _root_in(state: dict[str, Any], name: str) -> Operator:
+    function = function_in(state, name)
+    root: Operator = state[f"root_{name}"] if function is None else function
+    return root

@@ -1,0 +1,191 @@
+"""Kronecker factors kept as columns: M = C Cᵀ with far fewer columns than rows.
+
+The factor of one batch of N rows has rank N at most, and the spectrum of a running average falls off
+quickly: where the width exceeds both, decomposing the Gram matrix of the columns, ``[r, r]``, replaces
+every decomposition of the factor itself, ``[d, d]``, and no such matrix is ever formed. Damping makes
+that safe: an eigenvalue far below the ridge ρ changes f(M + ρ I) by next to nothing.
+
+What is dropped is accounted for. With ε = ‖M − C Cᵀ‖₂ / ρ,
+
+    ‖(M + ρ)⁻¹ − (C Cᵀ + ρ)⁻¹‖₂ ≤ ε / ρ    and    ‖(M + ρ)^(-1/p) − (C Cᵀ + ρ)^(-1/p)‖₂ ≤ ε ρ^(-1/p) / p,
+
+relative to the largest value either function can take; :func:`truncated` keeps ε below its budget over
+the whole running average. The inverse is Woodbury's identity in the eigenbasis of the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mupx.linalg import eigh, trace
+
+SOLVERS = ("auto", "dense", "low-rank")
+SMALLEST = 512  # below, a dense inverse costs less than the calls to do anything else
+CHOLESKY, EIGH = 2.5, 10.0  # cost over d³ at the speed of a matrix product; EIGH with the root it gives
+TOLERANCE = 0.02  # ε: how far a truncated factor may be from the exact one, in units of the ridge
+
+
+class Columns(NamedTuple):
+    """A factor M ≈ C Cᵀ.
+
+    Attributes:
+        columns: C, ``[d, r]``, mutually orthogonal.
+        values: Eigenvalues of M that are kept, ``[r]``, ascending; the squared norms of C.
+        dropped: Bound on ‖M − C Cᵀ‖₂, a scalar.
+        trace: tr(M), what was dropped included, a scalar.
+    """
+
+    columns: Tensor
+    values: Tensor
+    dropped: Tensor
+    trace: Tensor
+
+
+class LowRank(NamedTuple):
+    """A function of a damped factor: f(M + ρ I) X = rest · X + C (inner ⊙ Cᵀ X).
+
+    Attributes:
+        columns: C, ``[d, r]``.
+        inner: ``[r]``.
+        rest: f(ρ), a scalar.
+    """
+
+    columns: Tensor
+    inner: Tensor
+    rest: Tensor
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Return f(M + ρ I) X for ``[d, n]``."""
+        C = self.columns
+        return self.rest * X + C @ (self.inner[:, None] * (C.mT @ X))
+
+    @property
+    def flops(self) -> int:
+        """Operations per vector it is applied to."""
+        return 4 * self.columns.numel()
+
+
+def averaged(old: Columns | None, new: Tensor, keep: float, weight: float) -> Columns:
+    """Return keep · C Cᵀ + weight · F Fᵀ for new columns F, in its eigenbasis and not yet truncated.
+
+    Where the result is not finite the old columns come back with ``values`` that are not a number, so
+    that every function of it is zero and the next average can go on from what was good.
+
+    Args:
+        old: The average so far, None at first.
+        new: F, ``[d, n]``.
+        keep: Weight of the old average.
+        weight: Weight of the new columns.
+    """
+    if old is None:
+        nothing = new[..., :0]
+        old = Columns(nothing, nothing[0], new.new_zeros(()), new.new_zeros(()))
+    stacked = torch.cat([keep**0.5 * old.columns, weight**0.5 * new], -1)
+    gram = stacked.mT @ stacked
+    if not bool(gram.isfinite().all()):
+        return old._replace(values=torch.full_like(old.values, torch.nan))
+    values, vectors, _ = eigh(gram)
+    # Below a zero head every column is zero: so are the eigenvalues, whatever stood in for the matrix.
+    values = torch.where(trace(gram) > 0, values, 0.0)
+    total = keep * old.trace + weight * new.square().sum()
+    return Columns(stacked @ vectors, values, keep * old.dropped, total)
+
+
+def pays(d: int, n: int, r: int, decomposition: float) -> bool:
+    """Whether columns are cheaper than a dense ``[d, d]`` factor.
+
+    With m = r + n, one refresh costs 2 d m² + 2 d m r for the Gram matrix and the rotation and 10 m³ for
+    its decomposition, against 2 d² n for the product and the dense decomposition; one application to n
+    vectors 4 d r n against 2 d² n. Decompositions run at a fraction of the speed of products, which
+    their factors contain.
+
+    Args:
+        d: Units of the layer on this side.
+        n: New columns per refresh.
+        r: Columns kept so far.
+        decomposition: Cost of the dense one in units of d³: `CHOLESKY` or `EIGH`.
+    """
+    m = r + n
+    columns = 2 * d * m * (m + r) + 10 * m**3 + 4 * d * r * n
+    return d >= SMALLEST and columns < decomposition * d**3 + 4 * d**2 * n
+
+
+def truncated(factor: Columns, budget: Tensor) -> Columns:
+    """Drop the smallest eigenvalues as long as the accumulated error stays within ``budget``.
+
+    Args:
+        factor: As :func:`averaged` returns it.
+        budget: Largest ‖M − C Cᵀ‖₂ allowed, in the units of M.
+    """
+    count = int((factor.values <= budget - factor.dropped).sum())
+    if not count:
+        return factor
+    dropped = factor.dropped + factor.values[count - 1]
+    return Columns(factor.columns[:, count:].contiguous(), factor.values[count:], dropped, factor.trace)
+
+
+def inverse(factor: Columns, ridge: Tensor) -> tuple[LowRank, Tensor]:
+    """Return (M + ρ I)⁻¹, and ok: False (and the result zero) for a zero or non-finite factor.
+
+    Args:
+        factor: M.
+        ridge: ρ > 0, a scalar tensor in the units of M.
+    """
+    return _function(factor, ridge, 1.0)
+
+
+def inverse_root(factor: Columns, root: float, ridge: Tensor) -> tuple[LowRank, Tensor]:
+    """Return (M + ρ I)^(-1/root), and ok as :func:`inverse`."""
+    return _function(factor, ridge, 1.0 / root)
+
+
+def _function(factor: Columns, rho: Tensor, power: float) -> tuple[LowRank, Tensor]:
+    """Return (M + ρ)^-power: ρ^-power outside the columns, and the rest by divided differences inside.
+
+    f(M + ρ) X = f(ρ) X + C g(Λ) Cᵀ X with g(λ) = (f(λ + ρ) − f(ρ)) / λ, as the columns of C have norm √λ.
+    """
+    values = factor.values
+    ok = values.isfinite().all() & (values.sum() > 0) & rho.isfinite() & (rho > 0)
+    rho = torch.where(ok, rho, 1.0)
+    x = torch.where(ok, values, 0.0) / rho
+    # expm1 and log1p keep the digits that (1 + x)^-power − 1 would lose where λ ≪ ρ.
+    gap = torch.where(x > 0, torch.expm1(-power * torch.log1p(x)) / x, -power)
+    inner, rest = gap * rho ** (-power - 1.0), rho**-power
+    zero = torch.zeros_like(rest)
+    return LowRank(factor.columns, torch.where(ok, inner, zero), torch.where(ok, rest, zero)), ok
+
+
+def state_of(side: str, factor: Columns, function: LowRank) -> dict[str, Tensor]:
+    """Return the tensors of a factor and its function, by the names an optimizer's state gives them.
+
+    A factor that is not finite keeps what the state had: only its function, zero, is returned.
+    """
+    state = {f"columns_{side}": factor.columns, f"gain_{side}": function.inner, f"rest_{side}": function.rest}
+    if bool(factor.values.isfinite().all()):
+        rest = factor._asdict().items()
+        state |= {f"{key}_{side}": value for key, value in rest if key != "columns"}
+    return state
+
+
+def factor_in(state: Mapping[str, Tensor], side: str) -> Columns | None:
+    """Return the factor that :func:`state_of` put into an optimizer's state, or None."""
+    if f"values_{side}" not in state:
+        return None
+    return Columns(*(state[f"{key}_{side}"] for key in Columns._fields))
+
+
+def without_columns(state: dict[str, Tensor], side: str) -> None:
+    """Remove what :func:`state_of` put into an optimizer's state."""
+    for key in {*Columns._fields, "gain", "rest"}:
+        state.pop(f"{key}_{side}", None)
+
+
+def function_in(state: Mapping[str, Tensor], side: str) -> LowRank | None:
+    """Return the function that :func:`state_of` put into an optimizer's state, or None."""
+    if f"gain_{side}" not in state:
+        return None
+    return LowRank(state[f"columns_{side}"], state[f"gain_{side}"], state[f"rest_{side}"])

@@ -1,0 +1,242 @@
+"""K-FAC and Shampoo on columns and thin gradients against the same optimizers on dense factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mupx.curvature import FactorRows
+from mupx.optim.base import Base
+from mupx.optim.kfac import KFAC
+from mupx.optim.shampoo import Shampoo
+
+WIDTH, BATCH, STEPS = 24, 4, 12
+Build = Callable[[nn.Module, str], Base]
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+OPTIMIZERS: dict[str, Build] = {
+    "kfac trace": lambda m, s: KFAC(
+        m.parameters(), m, 0.01, damping=0.05, refresh=3, staleness=1.0, solver=s
+    ),
+    "kfac absolute": lambda m, s: KFAC(
+        m.parameters(), m, 0.05, damping=0.05, damping_rule="absolute", ema=0.5, solver=s
+    ),
+    "kfac pi": lambda m, s: KFAC(m.parameters(), m, 0.05, damping=0.05, damping_rule="pi", solver=s),
+    "kfac batch only": lambda m, s: KFAC(m.parameters(), m, 0.05, damping=0.05, ema=0.0, refresh=1, solver=s),
+    "kfac mc": lambda m, s: KFAC(
+        m.parameters(), m, 0.05, damping=0.05, fisher="mc", generator=rng(), solver=s
+    ),
+    "shampoo relative": lambda m, s: Shampoo(m.parameters(), 0.05, damping=0.01, model=m, solver=s),
+    "shampoo absolute": lambda m, s: Shampoo(
+        m.parameters(), 0.05, damping=1e-3, damping_rule="absolute", refresh=3, model=m, solver=s
+    ),
+    "shampoo sum": lambda m, s: Shampoo(
+        m.parameters(), 0.05, damping=0.01, accumulate="sum", refresh=3, model=m, solver=s
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def wide_means_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kfac", "mupx.optim.shampoo"):
+        monkeypatch.setattr(f"{module}.SMALLEST", 8)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)
+    )
+    return layers.double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 6, generator=generator, dtype=torch.double)
+    return x, torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def run(
+    name: str, solver: str, steps: int = STEPS, edit: Callable[[nn.Module], Any] = lambda _: None
+) -> tuple[nn.Module, Base]:
+    model = net()
+    optimizer = OPTIMIZERS[name](model, solver)
+    step_on(model, optimizer, range(steps), edit)
+    return model, optimizer
+
+
+def step_on(
+    model: nn.Module, optimizer: Base, steps: range, edit: Callable[[nn.Module], Any] = lambda _: None
+) -> None:
+    for step in steps:
+        x, y = batch(step)
+        optimizer.zero_grad()
+        with optimizer.curvature(y):
+            outputs = model(x)
+            optimizer.update_curvature(outputs)
+            F.cross_entropy(outputs, y).backward()
+        edit(model)
+        optimizer.step()
+
+
+@torch.no_grad()
+def distance(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p - q).abs().max() / q.abs().max()) for p, q in pairs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_columns_that_drop_nothing_equal_dense_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.shampoo"):
+        monkeypatch.setattr(f"{module}.TOLERANCE", 0.0)
+    low, optimizer = run(name, "low-rank")
+    dense, _ = run(name, "dense")
+    assert any("values" in key for state in optimizer.state.values() for key in state)
+    assert distance(low, dense) < 1e-9
+    assert distance(low, run(name, "dense", STEPS - 1)[0]) > 1e-4  # one step is far more than that
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_dropped_changes_little(name: str) -> None:
+    dense, low = run(name, "dense")[0], run(name, "low-rank")[0]
+    assert 0 < distance(low, dense) < 0.05 * distance(net(), dense)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_dict_round_trip_continues_to_the_last_bit(name: str) -> None:
+    whole, _ = run(name, "low-rank")
+    model, optimizer = run(name, "low-rank", 7)
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    continued = OPTIMIZERS[name](twin, "low-rank")
+    continued.load_state_dict(optimizer.state_dict())
+    if getattr(optimizer, "generator", None) is not None:
+        continued.generator.set_state(optimizer.generator.get_state())  # type: ignore[attr-defined]
+    step_on(twin, continued, range(7, STEPS))
+    for one, other in zip(whole.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def clip(model: nn.Module) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def average_with_another_rank(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        other = torch.randn(parameter.shape, generator=rng(), dtype=torch.double)
+        parameter.grad.lerp_(0.1 * other, 0.5)
+
+
+@pytest.mark.parametrize("edit", [clip, average_with_another_rank])
+@pytest.mark.parametrize("name", ["kfac trace", "shampoo relative"])
+def test_gradients_edited_before_the_step_are_used_as_they_are(
+    name: str, edit: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.shampoo"):
+        monkeypatch.setattr(f"{module}.TOLERANCE", 0.0)
+    dense = run(name, "dense", edit=edit)[0]
+    assert distance(run(name, "low-rank", edit=edit)[0], dense) < 1e-9
+    if edit is average_with_another_rank:
+        # Rows taken for the gradient without a look at it would train on this rank's batch alone.
+        monkeypatch.setattr(
+            FactorRows, "gradient", lambda self, _: (torch.cat(self.delta), torch.cat(self.h))
+        )
+        assert distance(run(name, "low-rank", edit=edit)[0], dense) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["kfac trace", "shampoo relative"])
+def test_l2_decay_is_part_of_the_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.shampoo"):
+        monkeypatch.setattr(f"{module}.TOLERANCE", 0.0)
+    models = []
+    for solver in ("dense", "low-rank"):
+        model = net()
+        optimizer = OPTIMIZERS[name](model, solver)
+        for group in optimizer.param_groups:
+            group.update(weight_decay=0.1, weight_decay_mode="l2")
+        step_on(model, optimizer, range(3))
+        models.append(model)
+    assert distance(*models) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["kfac trace", "shampoo relative"])
+def test_below_a_zero_head_and_after_an_overflow_the_layer_stands_still(name: str) -> None:
+    model = net()
+    nn.init.zeros_(model[4].weight)  # type: ignore[arg-type]
+    before = model[2].weight.detach().clone()  # type: ignore[union-attr]
+    optimizer = OPTIMIZERS[name](model, "low-rank")
+    step_on(model, optimizer, range(1))
+    assert torch.equal(model[2].weight, before)
+    step_on(model, optimizer, range(1, 4))
+    assert not torch.equal(model[2].weight, before)
+    x, y = batch(9)
+    optimizer.zero_grad()
+    with optimizer.curvature(y):
+        F.cross_entropy(model(x * torch.nan), y).backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for state in optimizer.state.values():
+        assert all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, Tensor))
+
+
+def test_a_gradient_without_captured_rows_is_preconditioned_all_the_same() -> None:
+    models = []
+    for inside in (True, False):
+        model = net()
+        optimizer = OPTIMIZERS["kfac trace"](model, "low-rank")
+        step_on(model, optimizer, range(3))
+        x, y = batch(3)
+        optimizer.zero_grad()
+        if inside:
+            with optimizer.curvature(y):
+                F.cross_entropy(model(x), y).backward()
+        else:
+            assert not optimizer.refresh_due  # type: ignore[attr-defined]
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        models.append(model)
+    assert distance(*models) < 1e-12
+
+
+def test_columns_give_way_to_dense_factors_when_they_no_longer_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupx.lowrank.TOLERANCE", 0.0)
+    monkeypatch.setattr("mupx.preconditioning.TOLERANCE", 0.0)
+    monkeypatch.setattr("mupx.optim.kfac.pays", lambda d, n, r, cost: d == WIDTH and n + r <= 2 * BATCH)
+    auto, optimizer = run("kfac trace", "auto")
+    kept = [key for key in optimizer.state[auto[2].weight] if key in ("A", "B", "values_A", "values_B")]
+    assert sorted(kept) == ["A", "B"]
+    assert distance(auto, run("kfac trace", "dense")[0]) < 1e-9
+
+
+def test_batch_only_curvature_keeps_no_square_matrix() -> None:
+    # Woodbury: with no running average nothing of size [d, d] is ever formed for the hidden layer.
+    model, optimizer = run("kfac batch only", "low-rank")
+    shapes = [
+        v.shape for v in optimizer.state[model[2].weight].values() if isinstance(v, Tensor) and v.dim() == 2
+    ]
+    assert shapes
+    assert all(min(shape) <= BATCH for shape in shapes)
+
+
+def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    true = FactorRows.gradient
+
+    def counted(self: FactorRows, actual: Tensor) -> tuple[Tensor, Tensor] | None:
+        calls.append(len(actual))
+        return true(self, actual)
+
+    monkeypatch.setattr(FactorRows, "gradient", counted)
+    run("kfac trace", "auto")
+    assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
