@@ -21,6 +21,7 @@ LEVELS = {
     "mupx.interrupts": 0,
     "mupx.config": 1,
     "mupx.layers": 1,
+    "mupx.interop": 1,
     "mupx.recipe": 1,
     "mupx.study": 1,
     "mupx.roles": 2,

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from mupx import interop
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import note, number, parameters, print_json, print_table, say
 from mupx.cli._sources import find_study, is_study
 from mupx.cli.rules import formulas
+from mupx.config import Experiment
 from mupx.errors import NotFoundError, UsageError
 from mupx.layers import Layer
 from mupx.recipe import Recipe
@@ -30,7 +32,7 @@ DESCRIBING: tuple[str, ...] = (
     "parametrization",
     "batch_size",
 )
-DESCRIBING += ("epochs", "steps", "base_width", "lr", "damping", "momentum", "weight_decay")
+DESCRIBING += ("epochs", "steps", "base_width", "base_shapes", "lr", "damping", "momentum", "weight_decay")
 TARGET, VALUES = "What is transferred", "Without SOURCE: values from anywhere, with the flags below"
 NUMBERS = ("r_in", "r_out", "init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 
@@ -56,6 +58,10 @@ def command(
     steps: o.Steps = None,
     base_width: Annotated[
         int | None, o.whole("--base-width", VALUES, "Width the values were tuned at.")
+    ] = None,
+    base_shapes: Annotated[
+        Path | None,
+        o.flag("--base-shapes", panel=VALUES, help="Instead of a width: microsoft/mup's .bsh file."),
     ] = None,
     lr: Annotated[str | None, o.flag("--lr", panel=VALUES, help="Learning rate.")] = None,
     damping: Annotated[str | None, o.flag("--damping", panel=VALUES, help="Damping.")] = None,
@@ -134,20 +140,37 @@ def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, 
 def _described(flags: Mapping[str, Any], items: list[str] | None) -> Recipe:
     """Return the recipe of values from anywhere; the model is built to describe it."""
     stated = {name: flags[name] for name in DESCRIBING}
-    experiment = o.fixed_experiment(o.sources(None, items, {**stated, "width": flags["base_width"]}))
-    needed = ["base_width", "lr", *(["damping"] if find_rule(experiment.optimizer.name).damping else [])]
-    missing = [f"--{name.replace('_', '-')}" for name in needed if flags[name] is None]
-    if missing:
-        raise UsageError(
-            f"give a SOURCE (run folder, STORAGE#STUDY or recipe) or the tuned values: {', '.join(missing)}"
-        )
+    width, shapes, provenance = flags["base_width"], None, {"origin": "values given on the command line"}
+    if flags["base_shapes"] is not None:
+        if width is not None:
+            raise UsageError("--base-shapes says the base width already; leave --base-width out")
+        shapes = interop.read_base_shapes(flags["base_shapes"])
+        stated["base_width"] = width = interop.likely_width(shapes)
+        provenance["base_shapes"] = flags["base_shapes"].name
+    experiment = o.fixed_experiment(o.sources(None, items, {**stated, "width": width}))
+    _refuse_missing(stated, experiment)
 
     from mupx import training
     from mupx.parametrization import resolved
 
     experiment = resolved(experiment)
-    parameters = training.describe(experiment, training.load_data(experiment))
-    return Recipe(experiment, parameters, {"origin": "values given on the command line"})
+    data = training.load_data(experiment)
+    parameters = training.describe(experiment, data)
+    if shapes is not None:
+        found = interop.base_width_of(shapes, parameters, width)
+        if found != width:
+            experiment = experiment.updated({"scaling.base_width": found, "scaling.width": found})
+            parameters = training.describe(experiment, data)
+    return Recipe(experiment, parameters, provenance)
+
+
+def _refuse_missing(stated: Mapping[str, Any], experiment: Experiment) -> None:
+    needed = ["base_width", "lr", *(["damping"] if find_rule(experiment.optimizer.name).damping else [])]
+    missing = [f"--{name.replace('_', '-')}" for name in needed if stated[name] is None]
+    if missing:
+        raise UsageError(
+            f"give a SOURCE (run folder, STORAGE#STUDY or recipe) or the tuned values: {', '.join(missing)}"
+        )
 
 
 def _refuse_description(flags: Mapping[str, Any], items: list[str] | None) -> None:
