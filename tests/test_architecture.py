@@ -43,6 +43,7 @@ LEVELS = {
     "mupx.report": 8,
     "mupx.plots": 8,
     "mupx.tables": 8,
+    "mupx.export": 8,
     "mupx.check_report": 8,
     "mupx.check_plots": 8,
     "mupx.cli": 9,

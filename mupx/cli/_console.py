@@ -49,7 +49,12 @@ def note(text: str) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one document ``{"schema": "mupx/1", …}``; a number that is not finite becomes null."""
-    print(json.dumps({"schema": SCHEMA, **finite(document)}, indent=2, ensure_ascii=False), file=sys.stdout)
+    print(json_text(document), file=sys.stdout)
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """Return what :func:`print_json` prints."""
+    return json.dumps({"schema": SCHEMA, **finite(document)}, indent=2, ensure_ascii=False)
 
 
 def finite(value: Any) -> Any:
