@@ -25,6 +25,7 @@ LEVELS = {
     "mupx.recipe": 1,
     "mupx.study": 1,
     "mupx.roles": 2,
+    "mupx.starter": 2,
     "mupx.linalg": 2,
     "mupx.lowrank": 2,
     "mupx.preconditioning": 3,
