@@ -18,6 +18,7 @@ LEVELS = {
     "mupx.registry": 0,
     "mupx.scaling": 0,
     "mupx.files": 0,
+    "mupx.mounts": 0,
     "mupx.interrupts": 0,
     "mupx.config": 1,
     "mupx.layers": 1,
