@@ -46,6 +46,7 @@ LEVELS = {
     "mupx.plots": 8,
     "mupx.tables": 8,
     "mupx.export": 8,
+    "mupx.doctor": 8,
     "mupx.check_report": 8,
     "mupx.check_plots": 8,
     "mupx.cli": 9,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mupx.cli import export, init, report, rules, status, train, transfer, tune, verify
+from mupx.cli import doctor, export, init, report, rules, status, train, transfer, tune, verify
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
 
 GRACE = 10  # seconds a terminated process has to close its trials and files
@@ -54,6 +54,7 @@ app.command("status")(status.command)
 app.command("report")(report.command)
 app.command("export")(export.command)
 app.command("init")(init.command)
+app.command("doctor")(doctor.command)
 
 
 def main() -> NoReturn:
