@@ -159,7 +159,12 @@ def test_configuration_precedence(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["rules", "kfac"], ["status", "--help"], ["tune", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["rules", "kfac"],
+        *([verb, "--help"] for verb in ("status", "tune", "export", "init", "doctor")),
+    ],
 )
 def test_light_verbs_never_import_torch(arguments):
     script = (
@@ -173,7 +178,9 @@ def test_light_verbs_never_import_torch(arguments):
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("verb", ["tune", "transfer", "train", "rules", "status", "report"])
+@pytest.mark.parametrize(
+    "verb", ["tune", "transfer", "train", "rules", "status", "report", "export", "init", "doctor"]
+)
 def test_every_verb_has_help_with_one_example(run, verb):
     ended = run(verb, "--help")
     assert ended.code == 0
