@@ -69,6 +69,7 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.refresh": "Longest age of the curvature, in steps.",
     "optimizer.staleness": "Longest age of the curvature as a fraction of the steps done.",
     "optimizer.ema": "Decay per step of the curvature's running average.",
+    "optimizer.solver": "How curvature is kept and solved with; auto takes whatever costs less.",
     "optimizer.accumulate": "Shampoo: a running average of the statistics, or their sum.",
     "optimizer.blocks": "Shampoo: largest edge of a block; 0 means one block per tensor.",
     "optimizer.betas": "AdamW's two decay rates, also where it stands in for another optimizer.",

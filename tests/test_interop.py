@@ -1,7 +1,7 @@
 """Base-shape files of microsoft/mup: what they say, which width that is, and what is refused.
 
 ``golden/mup_mlp_48*.bsh`` were written by ``mup.make_base_shapes`` 1.0.0 for mupx's own ``mlp`` at base 48
-and delta 96, bare and inside ``DataParallel``.
+and delta 96, bare and inside a wrapper module that puts ``module.`` before every name, as DataParallel does.
 """
 
 from __future__ import annotations
