@@ -7,12 +7,10 @@ the same machine and number of threads; a run with a folder continues from its l
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from mupx import checkpoint
-from mupx.config import Experiment, refuse_difference
+from mupx.config import Experiment
 from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset, Split
-from mupx.errors import MismatchError, UsageError
-from mupx.files import write_atomically
+from mupx.errors import UsageError
 from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
 from mupx.losses import LOSSES
@@ -35,6 +32,7 @@ from mupx.parametrization import build_optimizer, check_groups, initialise, reso
 from mupx.recipe import Recipe
 from mupx.roles import Factory
 from mupx.roles import describe as describe_parameters
+from mupx.run_folder import Metrics, Result, RunFolder
 
 EVALUATION_BATCH = 2000
 DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
@@ -43,37 +41,6 @@ CHECKPOINTS_PER_RUN = 10
 
 Report = Callable[[int, int, float], bool]
 Progress = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Mean loss in nats (cross-entropy) and the fraction of right answers."""
-
-    loss: float
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        outcome: ``finished``, ``diverged`` or ``pruned``.
-        steps: Steps done.
-        train_loss: Mean training loss over the last 10 % of the steps; the untrained loss if diverged.
-        validation: At the end; None when the run did not finish.
-        test: Only when asked for.
-        untrained: Loss before the first step: ``train`` on the first batch, ``validation`` on the split.
-        seconds: Wall time of the steps and evaluations done by this process.
-    """
-
-    outcome: str
-    steps: int
-    train_loss: float
-    validation: Metrics | None
-    test: Metrics | None
-    untrained: Mapping[str, float]
-    seconds: float
 
 
 def load_data(experiment: Experiment) -> Dataset:
@@ -337,79 +304,6 @@ class Run:
         torch.set_rng_state(saved.tensors["rng/torch"])
         self.generator.set_state(saved.tensors["rng/labels"])
         self.step, self.untrained = saved.step, dict(saved.values["untrained"])
-
-
-class RunFolder:
-    """A run on disk: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``."""
-
-    def __init__(self, path: Path, experiment: Experiment, checksum: str, evaluate_test: bool) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
-        self._metrics: list[str] = []
-        identity = {**experiment.identity(search=False), "data_checksum": checksum}
-        document = {"schema": checkpoint.SCHEMA, "identity": identity, "evaluate_test": evaluate_test}
-        if (path / "run.json").exists():
-            stored = self._read("run.json")["identity"]
-            refuse_difference(f"the run in {path}", stored, identity, "use another --run-dir, or --fresh")
-        else:
-            self._write("run.json", document)
-
-    def result(self) -> Result | None:
-        """Return the result of a finished run."""
-        if not (self.path / "result.json").exists():
-            return None
-        document = self._read("result.json")
-        for split in ("validation", "test"):
-            document[split] = None if document[split] is None else Metrics(**document[split])
-        return Result(**document)
-
-    def restore(self, run: Run) -> None:
-        """Continue from the newest checkpoint and drop metrics written after it."""
-        saved = checkpoint.latest(self.checkpoints)
-        if saved is not None:
-            run.restore(saved)
-        self._keep_metrics_until(run.step)
-
-    def record(self, run: Run, **values: float | None) -> None:
-        """Queue one line of metrics; it reaches the file with the next checkpoint."""
-        self._metrics.append(json.dumps({"step": run.step, **values}))
-
-    def save(self, run: Run) -> None:
-        """Write the queued metrics, then a checkpoint."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in self._metrics)
-        self._metrics.clear()
-        checkpoint.write(self.checkpoints, run.snapshot())
-
-    def finish(self, run: Run, result: Result) -> None:
-        """Write what is queued, the last checkpoint and the result."""
-        self.save(run)
-        self._write("result.json", asdict(result))
-
-    def _keep_metrics_until(self, step: int) -> None:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the torn last line of a killed run
-            if entry["step"] <= step:
-                kept.append(f"{line}\n")
-        write_atomically(path, "".join(kept).encode())
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MismatchError(
-                f"{self.path / name} cannot be read ({error}); use another --run-dir"
-            ) from None
-        return document
-
-    def _write(self, name: str, document: Mapping[str, Any]) -> None:
-        write_atomically(self.path / name, json.dumps(document, indent=1).encode())
 
 
 def _loop(

@@ -38,6 +38,7 @@ LEVELS = {
     "mupx.parametrization": 5,
     "mupx.training": 6,
     "mupx.checkpoint": 6,
+    "mupx.run_folder": 6,
     "mupx.population": 6,
     "mupx.distributed": 6,
     "mupx.search": 7,

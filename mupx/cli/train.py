@@ -18,7 +18,7 @@ from mupx.errors import NoResultError
 from mupx.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mupx.training import Metrics, Result
+    from mupx.run_folder import Metrics, Result
 
 # What tuned values hold for: changing it at the target moves their optimum.
 NOT_TRANSFERRED = (
