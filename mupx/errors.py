@@ -10,15 +10,27 @@ class MupxError(Exception):
     """Base of every error mupx raises on purpose; its message is one sentence for the user.
 
     A message says what was given, what is allowed, and what to do next.
+
+    Attributes:
+        details: Lines to show above the sentence: the user's own traceback.
     """
 
     exit_code = 1
+    details = ""
 
 
 class UsageError(MupxError):
     """A flag, a config value or the user's own code is wrong."""
 
     exit_code = 2
+
+
+class UserCodeError(UsageError):
+    """The user's own code raised; ``details`` is its traceback, the cause the exception itself."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class NotFoundError(MupxError):

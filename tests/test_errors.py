@@ -10,6 +10,7 @@ from mupx.errors import MupxError, unknown_name
 
 CODES = {
     "UsageError": 2,
+    "UserCodeError": 2,
     "NotFoundError": 3,
     "MismatchError": 4,
     "NoResultError": 5,

@@ -67,7 +67,8 @@ def main() -> NoReturn:
 def exit_code(run: Callable[[], Any]) -> int:
     """Run a verb and return its exit code; every error becomes one sentence on stderr.
 
-    Only what is neither ours nor the user's fault (exit 1) shows a traceback.
+    Only what is neither ours nor the user's fault (exit 1) shows a traceback, and the user's own code
+    its own.
     """
     try:
         code = run()
@@ -80,6 +81,8 @@ def exit_code(run: Callable[[], Any]) -> int:
             return _say(
                 f"{type(error).__name__}: this is a bug in mupx; please report it with the lines above", 1
             )
+        if known.details:
+            print(known.details, file=sys.stderr)
         return _say(str(known), known.exit_code)
     if code == INTERRUPTED:
         _say("interrupted; what is finished is kept, the same command continues", code)
