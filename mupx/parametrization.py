@@ -7,7 +7,6 @@ groups carry its values. The target keeps the tensor it drew, times one factor; 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,16 +15,15 @@ from torch import Tensor, nn
 
 from mupx import config
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
-from mupx.errors import MismatchError, UsageError, unknown_name
-from mupx.layers import Layer, Parameter, Shape, derive
+from mupx.errors import UsageError, unknown_name
+from mupx.groups import Group, make_groups, refuse_other_shapes, shapes_of
+from mupx.layers import Layer, Parameter, derive
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
 from mupx.roles import Factory, describe, initial_std
 from mupx.scaling import find_parametrization, find_rule
 
-Group = dict[str, Any]
 STRUCTURE = ("fisher", "refresh", "staleness", "ema", "solver", "blocks", "accumulate")
-CHECKED = ("lr", "damping_A", "damping_B", "eps", "weight_decay")
 
 
 def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -36,7 +34,7 @@ def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
     Raises:
         MismatchError: The model's parameters are not those of the table.
     """
-    _refuse_other_shapes(model, layers)
+    refuse_other_shapes(model, layers)
     # A measured law has noise: at base width the draw is taken to have the base's own.
     at_base = all(layer.r_in == layer.r_out == 1 for layer in layers)
     with torch.no_grad():
@@ -44,26 +42,6 @@ def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
             own = layer.base_std if at_base else initial_std(model, layer.name)
             if own and layer.init_std and layer.init_std != own:
                 model.get_parameter(layer.name).mul_(layer.init_std / own)
-
-
-def make_groups(model: nn.Module, layers: Sequence[Layer], experiment: Experiment) -> list[Group]:
-    """Return one named parameter group per tensor, carrying the table's values."""
-    _refuse_other_shapes(model, layers)
-    optimizer, hyper = experiment.optimizer, experiment.hyperparameters
-    return [
-        {
-            "params": [(layer.name, model.get_parameter(layer.name))],
-            "algorithm": layer.optimizer,
-            "role": layer.role,
-            "r_in": layer.r_in,
-            "r_out": layer.r_out,
-            **{key: value for key in CHECKED if (value := getattr(layer, key)) is not None},
-            "betas": optimizer.betas,
-            "momentum": hyper.momentum,
-            "weight_decay_mode": optimizer.weight_decay_mode,
-        }
-        for layer in layers
-    ]
 
 
 def build_optimizer(
@@ -112,32 +90,6 @@ def resolved(experiment: Experiment) -> Experiment:
     elif experiment.optimizer.damping_rule is not None:
         raise UsageError(f"{name} has no damping, but optimizer.damping_rule is set; remove it")
     return experiment
-
-
-def check_groups(optimizer: torch.optim.Optimizer, layers: Sequence[Layer], factor: float = 1.0) -> None:
-    """Compare the live parameter groups with the table.
-
-    Args:
-        optimizer: Its groups are read.
-        layers: The table.
-        factor: The schedule's current factor on every learning rate.
-
-    Raises:
-        MismatchError: A value differs by more than rel. 1e-9: something overwrote it.
-    """
-    live = {name: g for g in optimizer.param_groups for name in g.get("param_names", ())}
-    for layer in layers:
-        group = live.get(layer.name)
-        if group is None:
-            raise MismatchError(f"the optimizer has no parameter group for {layer.name}")
-        for key in CHECKED:
-            wanted = getattr(layer, key)
-            expected = None if wanted is None else wanted * (factor if key == "lr" else 1.0)
-            if expected is not None and not math.isclose(group[key], expected, rel_tol=1e-9):
-                raise MismatchError(
-                    f"{key} of {layer.name} is {float(group[key]):g} in the optimizer but {expected:g} in "
-                    "the table: something overwrote it (a scheduler that writes one lr into all groups?)"
-                )
 
 
 def experiment_from(
@@ -191,7 +143,7 @@ def parametrize(
     experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
     parameters = describe(build, base_width, example=example)
     model = build(width)
-    layers = derive(parameters, experiment, _shapes(model))
+    layers = derive(parameters, experiment, shapes_of(model))
     initialise(model, layers)
     return model, make_groups(model, layers, experiment)
 
@@ -212,19 +164,4 @@ def param_groups(
     """
     experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
     parameters: tuple[Parameter, ...] = describe(build, base_width, example=example)
-    return make_groups(model, derive(parameters, experiment, _shapes(model)), experiment)
-
-
-def _shapes(model: nn.Module) -> dict[str, Shape]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def _refuse_other_shapes(model: nn.Module, layers: Sequence[Layer]) -> None:
-    actual = _shapes(model)
-    stated = {layer.name: layer.shape for layer in layers}
-    for name in {**actual, **stated}:
-        if actual.get(name) != stated.get(name):
-            raise MismatchError(
-                f"{name} has shape {actual.get(name)} in the model but {stated.get(name)} in the table; "
-                "the model was built at another width or by another factory"
-            )
+    return make_groups(model, derive(parameters, experiment, shapes_of(model)), experiment)

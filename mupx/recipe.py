@@ -11,13 +11,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mupx import config
 from mupx.config import Experiment
 from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.files import write_atomically
+from mupx.groups import Group, make_groups
 from mupx.layers import Layer, Parameter, derive, parse_role
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SCHEMA = "mupx/1"
 TOLERANCE = 1e-12
@@ -56,6 +60,17 @@ class Recipe:
         moved = replace(self, experiment=self.experiment.updated({"scaling.width": width}))
         derive(moved.parameters, moved.experiment)
         return moved
+
+    def apply(self, model: nn.Module) -> list[Group]:
+        """Return named parameter groups for an existing model; its weights are never touched.
+
+        Any optimizer that knows the keys ``lr``, ``eps``, ``weight_decay`` takes them:
+        ``torch.optim.AdamW(recipe.apply(model))``.
+
+        Raises:
+            MismatchError: The model's parameters are not those of the recipe at its width.
+        """
+        return make_groups(model, self.layers, self.experiment)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document that is written to the file (TOML has no null: absent means none)."""

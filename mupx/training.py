@@ -23,12 +23,13 @@ from mupx.config import Experiment
 from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
+from mupx.groups import check_groups
 from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
 from mupx.losses import LOSSES
 from mupx.models import MODELS
 from mupx.optim.base import Base
-from mupx.parametrization import build_optimizer, check_groups, initialise, resolved
+from mupx.parametrization import build_optimizer, initialise, resolved
 from mupx.recipe import Recipe
 from mupx.roles import Factory
 from mupx.roles import describe as describe_parameters

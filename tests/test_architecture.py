@@ -25,6 +25,7 @@ LEVELS = {
     "mupx.config": 1,
     "mupx.layers": 1,
     "mupx.interop": 1,
+    "mupx.groups": 1,
     "mupx.recipe": 1,
     "mupx.study": 1,
     "mupx.roles": 2,

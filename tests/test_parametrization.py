@@ -15,18 +15,18 @@ from torch import nn
 
 from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
+from mupx.groups import check_groups, make_groups
 from mupx.layers import derive
 from mupx.optim import OPTIMIZERS
 from mupx.parametrization import (
     build_optimizer,
-    check_groups,
     experiment_from,
     initialise,
-    make_groups,
     param_groups,
     parametrize,
     resolved,
 )
+from mupx.recipe import Recipe
 from mupx.roles import describe
 from tests.factories import Everything, cnn, mlp3, mlp_uneven, small_cnn, small_mlp, tanh_mlp
 from tests.oracles import golden_json
@@ -414,3 +414,16 @@ def test_models_stay_plain() -> None:
         assert not module._forward_hooks
         assert not module._backward_hooks
     assert all(set(vars(p)) == set() for p in model.parameters())
+
+
+def test_a_recipe_gives_groups_to_a_model_that_exists():
+    experiment = experiment_from(width=16, base_width=8, optimizer="adamw", lr=0.1, eps=1e-6)
+    recipe = Recipe(experiment, describe(small_mlp, 8))
+    model = small_mlp(16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(recipe.apply(model))
+    check_groups(optimizer, recipe.layers)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.05, 0.1, 0.05, 0.1]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(MismatchError, match="built at another width"):
+        recipe.apply(small_mlp(8))

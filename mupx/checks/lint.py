@@ -17,8 +17,8 @@ import numpy as np
 from mupx.checks.curvature_orders import ORDERS, RIDGES, SIZES
 from mupx.config import Experiment
 from mupx.errors import MismatchError
+from mupx.groups import check_groups
 from mupx.layers import Layer, Parameter, derive
-from mupx.parametrization import check_groups
 from mupx.training import Run
 
 KRONECKER = ("kfac", "foof", "backward-only", "gauss-newton")
