@@ -13,18 +13,41 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from mupx.errors import MismatchError, NotFoundError, UsageError
-from mupx.scaling import Role, WeightDecayMode
+from mupx.scaling import Role, ScalingRule, WeightDecayMode, find_rule
+from mupx.usercode import HOW, digest, is_reference
+from mupx.usercode import parse as parse_reference
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+
+
+LOSSES = ("cross_entropy", "squared_error")
+SOURCE = "source"
+
+
+def _known_loss(name: str) -> str:
+    if name in LOSSES or is_reference(name):
+        return name
+    near = get_close_matches(name, LOSSES, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown loss{guess} (known: {', '.join(LOSSES)}; {HOW})")
 
 
 class _Section(BaseModel):
@@ -32,17 +55,21 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which network: a registry name and the factory's arguments besides width."""
+    """Which network: a registry name or your own factory, and its arguments besides width."""
 
     name: str = "mlp"
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class DataConfig(_Section):
-    """Which data set, and the folder that holds it (None: the usual places, then a download)."""
+    """Which data set, and the folder that holds it (None: the usual places, then a download).
+
+    ``args`` are further arguments of a loader of your own.
+    """
 
     name: str = "fashion-mnist-14"
     dir: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
 
 
 class OptimizerConfig(_Section):
@@ -51,10 +78,13 @@ class OptimizerConfig(_Section):
     Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
     never older than the fraction ``staleness`` of the steps done. ``solver`` says how factors are kept
     and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
-    rounding.
+    rounding. An optimizer of your own follows the width
+    ``rule`` named here and takes ``args`` besides its hyperparameters.
     """
 
     name: str = "kfac"
+    rule: str | ScalingRule | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
     damping_rule: str | None = None
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
     refresh: PositiveInt = 10
@@ -66,6 +96,30 @@ class OptimizerConfig(_Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     fallback_lr: Positive = 1e-3
     weight_decay_mode: WeightDecayMode = "independent"
+
+    @field_serializer("rule", when_used="json")
+    def _plain_rule(self, rule: str | ScalingRule | None) -> Any:
+        if not isinstance(rule, ScalingRule):
+            return rule
+        # A set has no order, but a file and a hash need one.
+        return {**asdict(rule), "kinds": None if rule.kinds is None else sorted(rule.kinds)}
+
+    @property
+    def scaling_rule(self) -> ScalingRule:
+        """The width rule the optimizer follows.
+
+        Raises:
+            UsageError: Unknown, or an optimizer of your own that names none.
+        """
+        if isinstance(self.rule, ScalingRule):
+            return self.rule
+        if self.rule is None and is_reference(self.name):
+            raise UsageError(
+                f"{self.name} does not say which width rule it follows; add a line to the config: "
+                '[optimizer] rule = "adamw" (or --set optimizer.rule=adamw, or a class attribute `rule`); '
+                "`mupx rules` lists the rules"
+            )
+        return find_rule(self.rule or self.name)
 
 
 class Hyperparameters(_Section):
@@ -163,7 +217,7 @@ class TrainConfig(_Section):
     grad_clip: Positive | None = None
     accumulate: PositiveInt = 1
     amp: Literal["off", "bf16"] = "off"
-    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    loss: Annotated[str, AfterValidator(_known_loss)] = "cross_entropy"
     dtype: Literal["float32", "float64"] = "float32"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     device: str = "auto"
@@ -196,6 +250,21 @@ class Experiment(_Section):
         """Return a copy with dotted keys replaced: ``{"scaling.width": 1024}``."""
         return parse(merge(self.model_dump(), changes))
 
+    @property
+    def own_code(self) -> dict[str, str]:
+        """Key → reference, of what is code of the user's own."""
+        names = {
+            "model.name": self.model.name,
+            "data.name": self.data.name,
+            "optimizer.name": self.optimizer.name,
+            "train.loss": self.train.loss,
+        }
+        return {key: name for key, name in names.items() if is_reference(name)}
+
+    def sources(self) -> dict[str, str]:
+        """Return file or module → digest of the user's own code, which is imported for that."""
+        return {parse_reference(name).place: digest(name, key) for key, name in self.own_code.items()}
+
     def fingerprint(self, *, search: bool) -> str:
         """Return a short hash of everything that decides the numbers of a run.
 
@@ -207,7 +276,10 @@ class Experiment(_Section):
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self, *, search: bool) -> dict[str, Any]:
-        """Return the part of the experiment that :meth:`fingerprint` hashes, for a readable diff."""
+        """Return the part of the experiment that :meth:`fingerprint` hashes, for a readable diff.
+
+        Of code of the user's own its content is part, under ``source``.
+        """
         document = self.model_dump(mode="json")
         document["data"].pop("dir")
         for key in ("device", "threads", "checkpoint_every"):
@@ -216,6 +288,8 @@ class Experiment(_Section):
             document["search"].pop(key)
         if not search:
             document.pop("search")
+        if sources := self.sources():
+            document[SOURCE] = sources
         return document
 
 

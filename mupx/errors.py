@@ -71,9 +71,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text)
 
 
-def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, given: str, known: Iterable[str], hint: str = "") -> UsageError:
     """Build the error for a name that is not in a list, pointing at the nearest one that is."""
     names = sorted(known)
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {given!r}{guess} (known: {', '.join(names)})")
+    listed = "; ".join(filter(None, (", ".join(names), hint)))
+    return UsageError(f"unknown {kind} {given!r}{guess} (known: {listed})")

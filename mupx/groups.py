@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mupx.config import Experiment
 from mupx.errors import MismatchError
@@ -12,9 +12,18 @@ from mupx.layers import Layer, Shape
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
 Group = dict[str, Any]
+
+
+class Grouped(Protocol):
+    """Anything with parameter groups: a torch optimizer, or what stands for one."""
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The live groups."""
+
+
 CHECKED = ("lr", "damping_A", "damping_B", "eps", "weight_decay")
 
 
@@ -38,12 +47,12 @@ def make_groups(model: nn.Module, layers: Sequence[Layer], experiment: Experimen
     ]
 
 
-def check_groups(optimizer: Optimizer, layers: Sequence[Layer], factor: float = 1.0) -> None:
+def check_groups(optimizer: Grouped, layers: Sequence[Layer], factor: float = 1.0) -> None:
     """Compare the live parameter groups with the table.
 
     Args:
         optimizer: Its groups are read.
-        layers: The table.
+        layers: The table. A value that an optimizer of the user's own does not take is not compared.
         factor: The schedule's current factor on every learning rate.
 
     Raises:
@@ -57,7 +66,7 @@ def check_groups(optimizer: Optimizer, layers: Sequence[Layer], factor: float = 
         for key in CHECKED:
             wanted = getattr(layer, key)
             expected = None if wanted is None else wanted * (factor if key == "lr" else 1.0)
-            if expected is not None and not math.isclose(group[key], expected, rel_tol=1e-9):
+            if expected is not None and key in group and not math.isclose(group[key], expected, rel_tol=1e-9):
                 raise MismatchError(
                     f"{key} of {layer.name} is {float(group[key]):g} in the optimizer but {expected:g} in "
                     "the table: something overwrote it (a scheduler that writes one lr into all groups?)"

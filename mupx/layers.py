@@ -133,7 +133,7 @@ def _own_shape(parameter: Parameter, shapes: Mapping[str, Shape]) -> Shape:
 
 def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
     scaling, optimizer, hyper = experiment.scaling, experiment.optimizer, experiment.hyperparameters
-    main = find_rule(optimizer.name)
+    main = optimizer.scaling_rule
     rule = main if main.kinds is None or parameter.kind in main.kinds else find_rule(main.fallback)
     fallen = rule is not main
     r_in, r_out = parameter.ratios(shape)

@@ -6,7 +6,6 @@ groups carry its values. The target keeps the tensor it drew, times one factor; 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from mupx import config
+from mupx.blame import arguments
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
 from mupx.errors import UsageError, unknown_name
 from mupx.groups import Group, make_groups, refuse_other_shapes, shapes_of
 from mupx.layers import Layer, Parameter, derive
+from mupx.losses import Loss
 from mupx.optim import OPTIMIZERS
+from mupx.optim.adapter import Trainable
 from mupx.optim.base import Base
+from mupx.own_optimizer import adapted
+from mupx.parts import find_optimizer, own, refuse_unknown, signature, with_rule
+from mupx.plain_loss import PlainLoss, find_loss, no_likelihood
 from mupx.roles import Factory, describe, initial_std
-from mupx.scaling import find_parametrization, find_rule
+from mupx.scaling import find_parametrization
+from mupx.usercode import is_reference
 
 STRUCTURE = ("fisher", "refresh", "staleness", "ema", "solver", "blocks", "accumulate")
 
@@ -49,7 +55,8 @@ def build_optimizer(
     layers: Sequence[Layer],
     experiment: Experiment,
     generator: torch.Generator | None = None,
-) -> Base:
+    loss: Loss | None = None,
+) -> Trainable:
     """Build the experiment's optimizer from the table.
 
     Args:
@@ -57,19 +64,28 @@ def build_optimizer(
         layers: The table.
         experiment: Names the optimizer and its structural choices.
         generator: Source of the Monte-Carlo Fisher's labels.
+        loss: Found by its name where it is not given.
     """
-    name = experiment.optimizer.name
-    kind: Callable[..., Base] = OPTIMIZERS.load(name)
-    accepted = inspect.signature(kind).parameters
+    name, rule = experiment.optimizer.name, experiment.optimizer.scaling_rule
+    kind: Callable[..., Any] = find_optimizer(name) if is_reference(name) else OPTIMIZERS.load(name)
+    groups = make_groups(model, layers, experiment)
     offered: dict[str, Any] = {
         "model": model,
-        "loss": experiment.train.loss,
+        "loss": find_loss(experiment.train.loss) if loss is None else loss,
         "generator": generator,
-        "damping_rule": experiment.optimizer.damping_rule or find_rule(name).default_damping,
+        "damping_rule": experiment.optimizer.damping_rule or rule.default_damping,
         **{key: getattr(experiment.optimizer, key) for key in STRUCTURE},
     }
-    extra = {key: value for key, value in offered.items() if key in accepted}
-    return kind(make_groups(model, layers, experiment), **extra)
+    if not (isinstance(kind, type) and issubclass(kind, Base)):
+        return adapted(kind, groups, experiment, model)
+    for group in groups:  # a Base treats what carries its own name, the rest by AdamW
+        group["algorithm"] = kind.algorithm if group["algorithm"] == rule.name else group["algorithm"]
+    args = experiment.optimizer.args
+    accepted = signature(kind)
+    refuse_unknown(f"optimizer {name}", args, accepted, offered=("params", *offered))
+    with own(name, lambda: f"made with ({arguments(args)})"):
+        built: Base = kind(groups, **{k: v for k, v in offered.items() if k in accepted}, **args)
+    return built
 
 
 def resolved(experiment: Experiment) -> Experiment:
@@ -79,10 +95,14 @@ def resolved(experiment: Experiment) -> Experiment:
         UsageError: Unknown optimizer, damping rule or parametrization; the nearest name is given.
     """
     name = experiment.optimizer.name
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS)
+    if name not in OPTIMIZERS and not is_reference(name):
+        raise OPTIMIZERS.unknown(name)
     find_parametrization(experiment.scaling.parametrization)
-    rule = find_rule(name)
+    experiment = with_rule(experiment)
+    rule = experiment.optimizer.scaling_rule
+    loss = find_loss(experiment.train.loss)
+    if experiment.optimizer.fisher != "empirical" and type(loss) is PlainLoss:
+        raise no_likelihood(experiment.train.loss)
     if experiment.optimizer.damping_rule is None and rule.damping:
         experiment = experiment.updated({"optimizer.damping_rule": rule.default_damping})
     if rule.damping:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from mupx.errors import unknown_name
+from mupx.errors import UsageError, unknown_name
+from mupx.usercode import HOW
 
 
 class Registry(Mapping[str, str]):
@@ -31,7 +32,7 @@ class Registry(Mapping[str, str]):
         try:
             return self._table[name]
         except KeyError:
-            raise unknown_name(self.kind, name, self._table) from None
+            raise self.unknown(name) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
@@ -41,6 +42,10 @@ class Registry(Mapping[str, str]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._table
+
+    def unknown(self, name: str) -> UsageError:
+        """Return the error for a name that is not in the table, with the nearest one that is."""
+        return unknown_name(self.kind, name, self._table, hint=HOW)
 
     def load(self, name: str) -> Any:
         """Import and return the object behind ``name``.

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from mupx.errors import unknown_name
 
@@ -123,6 +123,7 @@ class ScalingRule:
     weight_norm_relative: bool = False
     kinds: frozenset[str] | None = None
     fallback: str = "adamw"
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # a rule may be written in a config file
 
     @property
     def default_damping(self) -> str | None:

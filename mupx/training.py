@@ -6,33 +6,28 @@ the same machine and number of threads; a run with a folder continues from its l
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mupx import checkpoint
+from mupx import checkpoint, parts
 from mupx.config import Experiment
-from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.groups import check_groups
 from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
-from mupx.losses import LOSSES
-from mupx.models import MODELS
-from mupx.optim.base import Base
+from mupx.optim.adapter import Trainable
 from mupx.parametrization import build_optimizer, initialise, resolved
+from mupx.parts import describe, load_data, own
+from mupx.plain_loss import find_loss
 from mupx.recipe import Recipe
-from mupx.roles import Factory
-from mupx.roles import describe as describe_parameters
 from mupx.run_folder import Metrics, Result, RunFolder
 
 EVALUATION_BATCH = 2000
@@ -42,36 +37,6 @@ CHECKPOINTS_PER_RUN = 10
 
 Report = Callable[[int, int, float], bool]
 Progress = Callable[[int, int, float], None]
-
-
-def load_data(experiment: Experiment) -> Dataset:
-    """Load the experiment's data set."""
-    folder = experiment.data.dir
-    data: Dataset = DATASETS.load(experiment.data.name)(None if folder is None else Path(folder).expanduser())
-    return data
-
-
-def factory(experiment: Experiment, data: Dataset) -> Factory:
-    """Return ``build(width)`` with the data's input shape and number of classes filled in."""
-    build = MODELS.load(experiment.model.name)
-    known = inspect.signature(build).parameters
-    offered = {"input_shape": data.input_shape, "classes": data.classes}
-    for name in experiment.model.args:
-        if name not in known or name in ("width", *offered):
-            allowed = ", ".join(sorted({*known} - {"width", *offered}))
-            raise UsageError(
-                f"model {experiment.model.name} takes no argument {name!r} (it takes: {allowed})"
-            )
-    filled: Factory = partial(build, **offered, **experiment.model.args)
-    return filled
-
-
-def describe(experiment: Experiment, data: Dataset) -> tuple[Parameter, ...]:
-    """Describe the experiment's parameters at the base width and at twice that."""
-    example = data.train.inputs[:2]
-    return describe_parameters(
-        factory(experiment, data), experiment.scaling.base_width, overrides=experiment.roles, example=example
-    )
 
 
 def total_steps(experiment: Experiment, train_size: int) -> int:
@@ -171,24 +136,27 @@ class Run:
         self.experiment, self.data = experiment, data
         self.device, self.dtype = pick_device(config.device), getattr(torch, config.dtype)
         self.steps = total_steps(experiment, len(data.train))
-        self.loss = LOSSES[config.loss]
+        self.loss = find_loss(config.loss)
         self.layers: list[Layer] = derive(parameters, experiment)
         self.model, self.optimizer = self._build()
-        self.inputs = data.train.inputs.to(self.device, self.dtype)
+        self.inputs = self._placed(data.train.inputs)
         self.targets = data.train.targets.to(self.device)
         self.step = 0
         self.losses: list[float] = []
         self.untrained: dict[str, float] = {}
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def _build(self) -> tuple[nn.Module, Base]:
+    def _build(self) -> tuple[nn.Module, Trainable]:
         seed = self.experiment.train.seed
         torch.manual_seed(seed)
-        model = factory(self.experiment, self.data)(self.experiment.scaling.width)
+        model = parts.factory(self.experiment, self.data)(self.experiment.scaling.width)
         initialise(model, self.layers)
         model = model.to(self.device, self.dtype)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        return model, build_optimizer(model, self.layers, self.experiment, self.generator)
+        return model, build_optimizer(model, self.layers, self.experiment, self.generator, self.loss)
+
+    def _placed(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.device, self.dtype) if inputs.is_floating_point() else inputs.to(self.device)
 
     @property
     def factor(self) -> float:
@@ -221,9 +189,21 @@ class Run:
         if config.amp == "bf16":
             precision = torch.autocast(self.device.type, torch.bfloat16)
         with precision:
-            outputs: Tensor = self.model(inputs)
+            outputs = self._outputs(inputs)
         outputs = outputs.to(self.dtype)
         return outputs if scale == 1.0 else outputs * scale
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        name = self.experiment.model.name
+        with own(name, lambda: f"run forward at {self._where} on inputs of shape {list(inputs.shape)}"):
+            outputs = self.model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise UsageError(f"model {name} returned {type(outputs).__name__}; return one tensor of outputs")
+        return outputs
+
+    @property
+    def _where(self) -> str:
+        return f"width {self.experiment.scaling.width}, step {self.step}"
 
     def advance(self) -> float:
         """Do one optimizer step and return the loss of its batch before the step."""
@@ -241,12 +221,14 @@ class Run:
                 outputs = self.forward(x)
                 self.optimizer.update_curvature(outputs)
                 loss = self.loss(outputs, y)
-                (loss * share if config.accumulate > 1 else loss).backward()
+                with own(self.experiment.model.name, lambda: f"run backward at {self._where}"):
+                    (loss * share if config.accumulate > 1 else loss).backward()
             total += loss.item() * share
         if math.isfinite(total):
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-            self.optimizer.step()
+            with own(self.experiment.optimizer.name, lambda: f"doing its step at {self._where}"):
+                self.optimizer.step()
         if self.step == 0:
             self.untrained["train"] = total
         self.losses.append(total)
@@ -257,15 +239,17 @@ class Run:
     def evaluate(self, split: Split) -> Metrics:
         """Return mean loss and accuracy over a split."""
         self.model.eval()
-        total, right = 0.0, 0
+        total, right = 0.0, 0.0
         for x, y in zip(
             split.inputs.split(EVALUATION_BATCH), split.targets.split(EVALUATION_BATCH), strict=True
         ):
             targets = y.to(self.device)
-            outputs = self.forward(x.to(self.device, self.dtype))
+            outputs = self.forward(self._placed(x))
             total += self.loss(outputs, targets).item() * len(y)
-            right += int((outputs.argmax(-1) == targets).sum())
-        return Metrics(total / len(split), right / len(split))
+            labelled = not targets.is_floating_point() and targets.shape == outputs.shape[:-1]
+            right = right + int((outputs.argmax(-1) == targets).sum()) if labelled else math.nan
+        accuracy = right / split.targets.numel()
+        return Metrics(total / len(split), None if math.isnan(accuracy) else accuracy)
 
     def diverged(self, loss: float) -> bool:
         """Whether a loss is beyond return."""
@@ -323,6 +307,7 @@ def _loop(
     outcome = "finished"
     if "validation" not in run.untrained:
         run.untrained["validation"] = run.evaluate(run.data.validation).loss
+        _require_start(run)
     while run.step < run.steps:
         with AtStepEnd() as stop:
             loss = run.advance()
@@ -352,13 +337,23 @@ def _loop(
     return _result(run, folder, outcome, evaluate_test, started)
 
 
+def _require_start(run: Run) -> None:
+    """Tell a loss that is broken before the first step from one that diverged."""
+    loss, names = run.untrained["validation"], run.experiment.own_code
+    if names and not math.isfinite(loss):
+        raise UsageError(
+            f"the loss of the untrained model is {loss} at width {run.experiment.scaling.width}, so no step "
+            f"can be at fault; look at {', '.join(f'{key} = {name}' for key, name in names.items())}"
+        )
+
+
 def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: bool, started: float) -> Result:
     validation = test = None
     if outcome != "diverged":
         validation = run.evaluate(run.data.validation)
         if run.diverged(validation.loss):
             outcome, validation = "diverged", None
-    if outcome == "finished" and evaluate_test:
+    if outcome == "finished" and evaluate_test and len(run.data.test):
         test = run.evaluate(run.data.test)
     if folder is not None and validation is not None:
         folder.record(run, validation_loss=validation.loss, validation_accuracy=validation.accuracy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mupx.optim.base import Base
+from mupx.optim.adapter import Trainable
 from mupx.scaling import Power
 
 ORDERS: Mapping[str, Power] = {
@@ -28,7 +28,7 @@ RIDGES = {"A": "ρ_A", "B": "ρ_B", "AB": "ρ", "L": "ρ_L", "R": "ρ_R", "v": "
 Sizes = dict[str, dict[str, tuple[float | None, ...]]]
 
 
-def read(optimizer: Base) -> Sizes:
+def read(optimizer: Trainable) -> Sizes:
     """Return parameter name → symbol → (size, ridge, trace) as they stand after the last step."""
     return {
         name: {symbol: tuple(scale) for symbol, scale in optimizer.scales(parameter, group).items()}

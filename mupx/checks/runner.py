@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mupx import training
+from mupx import parts, training
 from mupx.checks import coordinate, late, transfer, verdict
 from mupx.checks.causes import damped_share
 from mupx.checks.coordinate import Readings
@@ -29,7 +29,6 @@ from mupx.errors import NoResultError, UsageError
 from mupx.layers import derive
 from mupx.parametrization import resolved
 from mupx.recipe import Recipe
-from mupx.scaling import find_rule
 
 FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
 STEPS = (1, 10)
@@ -80,8 +79,8 @@ def verify(
         raise UsageError("verify needs at least one seed and one step ≥ 1 at which to read")
     if experiment.train.threads is not None:
         torch.set_num_threads(experiment.train.threads)
-    loaded = training.load_data(experiment) if data is None else data
-    parameters = training.describe(experiment, loaded)
+    loaded = parts.load_data(experiment) if data is None else data
+    parameters = parts.describe(experiment, loaded)
     for width in widths:
         derive(parameters, experiment.updated({"scaling.width": width}))
     session = Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
@@ -185,7 +184,7 @@ def _measure_damping(report: Report, evidence: Evidence) -> None:
 
 
 def _axes(experiment: Experiment) -> list[str]:
-    return ["log2_lr", *(["log2_damping"] if find_rule(experiment.optimizer.name).damping else [])]
+    return ["log2_lr", *(["log2_damping"] if experiment.optimizer.scaling_rule.damping else [])]
 
 
 def _swept(widths: Sequence[int], quick: bool) -> list[int]:

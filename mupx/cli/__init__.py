@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from mupx.cli import doctor, export, init, report, rules, status, train, transfer, tune, verify
+from mupx.cli._console import relay_log
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
 
 GRACE = 10  # seconds a terminated process has to close its trials and files
@@ -30,6 +31,7 @@ class Door(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run a verb; exit with its code, or return it when ``standalone_mode`` is off."""
+        relay_log()
         run = super().main
         code = exit_code(lambda: run(*args, **{**options, "standalone_mode": False}))
         if standalone_mode:

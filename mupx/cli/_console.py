@@ -7,6 +7,7 @@ plain line per event; rich leaves colours out where stdout is no terminal or ``N
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -45,6 +46,19 @@ def warn(text: str) -> None:
 def note(text: str) -> None:
     """Print a remark that is no warning."""
     print(f"note: {text}", file=sys.stderr)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def relay_log() -> None:
+    """Print what the library logs as remarks."""
+    log = logging.getLogger("mupx")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes(logging.WARNING))
+        log.propagate = False
 
 
 def print_json(document: Mapping[str, Any]) -> None:

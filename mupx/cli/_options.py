@@ -6,7 +6,8 @@ Precedence: flags > ``--set a.b=c`` > ``MUPX_A__B`` > CONFIG file > defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ from mupx.datasets import DATASETS
 from mupx.errors import UsageError, unknown_name
 from mupx.models import MODELS
 from mupx.optim import OPTIMIZERS
-from mupx.scaling import PARAMETRIZATIONS, find_parametrization, find_rule
+from mupx.scaling import PARAMETRIZATIONS, find_parametrization
+from mupx.usercode import is_reference, label, place
 
 WHAT, HOW, WHERE = "What is trained", "How it is searched", "Where and how to run"
 Document = dict[str, Any]
@@ -64,10 +66,23 @@ Storage = Annotated[
         help="URL of the study's storage; a file in the run folder when left out.",
     ),
 ]
-Model = Annotated[str | None, flag("--model", panel=WHAT, help=f"One of: {known(MODELS)}.")]
-Data = Annotated[str | None, flag("--data", panel=WHAT, help=f"One of: {known(DATASETS)}.")]
+OWN = "or file.py:attribute"
+Model = Annotated[str | None, flag("--model", panel=WHAT, help=f"One of: {known(MODELS)}; {OWN}.")]
+Data = Annotated[str | None, flag("--data", panel=WHAT, help=f"One of: {known(DATASETS)}; {OWN}.")]
+Loss = Annotated[str | None, flag("--loss", panel=WHAT, help=f"One of: {known(config.LOSSES)}; {OWN}.")]
+AllowCode = Annotated[
+    list[str] | None,
+    flag(
+        "--allow-code",
+        panel=WHERE,
+        metavar="REF",
+        help="Import this code, which the recipe names; repeatable.",
+    ),
+]
 DataDir = Annotated[str | None, flag("--data-dir", panel=WHAT, help="Folder that holds the data.")]
-Optimizer = Annotated[str | None, flag("--optimizer", panel=WHAT, help=f"One of: {known(OPTIMIZERS)}.")]
+Optimizer = Annotated[
+    str | None, flag("--optimizer", panel=WHAT, help=f"One of: {known(OPTIMIZERS)}; {OWN}.")
+]
 DampingRule = Annotated[
     str | None, flag("--damping-rule", panel=WHAT, help="What the damping is relative to: see `mupx rules`.")
 ]
@@ -84,6 +99,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "data": ("data.name",),
     "data_dir": ("data.dir",),
     "optimizer": ("optimizer.name",),
+    "loss": ("train.loss",),
     "damping_rule": ("optimizer.damping_rule",),
     "parametrization": ("scaling.parametrization",),
     "batch_size": ("train.batch_size",),
@@ -151,9 +167,7 @@ def fixed_experiment(documents: Sequence[Document]) -> Experiment:
     ranges = _take_space(document)
     if ranges:
         raise UsageError(f"{next(iter(ranges))} is a range, which only `mupx tune` searches; give one value")
-    experiment = config.parse(document)
-    check_names(experiment)
-    return experiment
+    return check_names(config.parse(document))
 
 
 def searched_experiment(documents: Sequence[Document], roles: bool) -> Experiment:
@@ -174,12 +188,12 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
     if width is not None:
         document = config.merge(document, {"scaling.base_width": width, "scaling.width": width})
     _take_space(document)
-    plain = config.parse(document)
-    check_names(plain)
+    plain = check_names(config.parse(document))
     space = _space(documents, _default_space(documents[0], plain, roles))
     if not space:
         raise UsageError(
-            "every hyperparameter has a fixed value; give a range to search, such as --lr 1e-3:1"
+            "every hyperparameter has a fixed value and none a default range; give a range to search, such "
+            "as --lr 1e-3:1"
         )
     return config.parse(config.merge(document, {"search.space": space}))
 
@@ -199,8 +213,11 @@ def wants_roles(preset: str | None) -> bool:
     return preset == "roles"
 
 
-def check_names(experiment: Experiment) -> None:
+def check_names(experiment: Experiment) -> Experiment:
     """Refuse an unknown model, data set, optimizer, damping rule or parametrization before loading torch.
+
+    Returns:
+        The experiment, with the width rule that an optimizer of the user's own states.
 
     Raises:
         UsageError: The message has the nearest known name.
@@ -211,13 +228,66 @@ def check_names(experiment: Experiment) -> None:
         (DATASETS, experiment.data.name),
         (OPTIMIZERS, optimizer.name),
     ):
-        if name not in registry:
-            raise unknown_name(registry.kind, name, registry)
+        if name not in registry and not is_reference(name):
+            raise registry.unknown(name)
     find_parametrization(experiment.scaling.parametrization)
-    rule = find_rule(optimizer.name)
+    if is_reference(optimizer.name) and optimizer.rule is None:
+        from mupx.parts import with_rule
+
+        experiment = with_rule(experiment)
+    rule = experiment.optimizer.scaling_rule
     if optimizer.damping_rule is not None and not rule.damping:
         raise UsageError(f"{rule.name} has no damping, but a damping rule is given; leave it out")
     rule.damping_scale(optimizer.damping_rule)
+    return experiment
+
+
+def command_line(context: typer.Context, without: Container[str] = ()) -> list[str]:
+    """Return the command that was given, from its parsed flags; passwords are hidden."""
+    from mupx.study import redact
+
+    words = ["mupx", str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        if name in without or value is None or value is False:
+            continue
+        option = [max(parameter.opts, key=len)] if parameter.param_type_name == "option" else []
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            words += option if item is True else [*option, redact(str(item))]
+    return words
+
+
+def allow_flags(experiment: Experiment) -> list[str]:
+    """Return the ``--allow-code`` flags that the recipe of an experiment needs."""
+    return [word for name in dict.fromkeys(experiment.own_code.values()) for word in ("--allow-code", name)]
+
+
+def require_allowed(
+    context: typer.Context, experiment: Experiment, named: Container[str], allowed: Sequence[str] | None
+) -> None:
+    """Refuse to import code that a recipe names, as it may come from elsewhere.
+
+    Args:
+        context: Of the command.
+        experiment: What would be run.
+        named: Keys that the command line or the environment sets: these are the user's own words.
+        allowed: References the user allows.
+
+    Raises:
+        UsageError: With what would be imported, and the command that allows it.
+    """
+    refused = {
+        key: name
+        for key, name in experiment.own_code.items()
+        if key not in named and name not in (allowed or ()) and not name.startswith("python:")
+    }
+    if refused:
+        listed = ", ".join(f"{key} = {name} ({place(name)})" for key, name in refused.items())
+        flags = [word for name in dict.fromkeys(refused.values()) for word in ("--allow-code", name)]
+        raise UsageError(
+            f"the recipe names code that would be imported and run: {listed}; a recipe may come from "
+            f"elsewhere, so read that code, then allow it: {shlex.join([*command_line(context), *flags])}"
+        )
 
 
 def require_positive(option: str, value: float) -> None:
@@ -229,7 +299,8 @@ def require_positive(option: str, value: float) -> None:
 def run_name(experiment: Experiment) -> str:
     """Return the default name of a search's run folder."""
     e = experiment
-    return f"{e.model.name}-{e.data.name}-{e.optimizer.name}-w{e.scaling.width}"
+    parts = map(label, (e.model.name, e.data.name, e.optimizer.name))
+    return f"{'-'.join(parts)}-w{e.scaling.width}"
 
 
 def _base_width(documents: Sequence[Document]) -> Any:
@@ -251,10 +322,10 @@ def _take_space(document: Document) -> Document:
 
 
 def _default_space(file: Document, experiment: Experiment, roles: bool) -> Document:
-    from mupx.search.sampling import default_space, role_space
+    from mupx.search.sampling import role_space, space_of
 
     own = "space" in file.get("search", {})
-    space = {} if own else default_space(experiment.optimizer.name, experiment.optimizer.damping_rule)
+    space = {} if own else space_of(experiment)
     more = role_space(experiment) if roles else {}
     return {name: interval.model_dump() for name, interval in {**more, **space}.items()}
 

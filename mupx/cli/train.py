@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What tuned values hold for: changing it at the target moves their optimum.
 NOT_TRANSFERRED = (
     "data.name",
+    "data.args",
     "model.",
     "optimizer.",
     "scaling.parametrization",
@@ -32,7 +33,8 @@ NOT_TRANSFERRED = (
         for key in ("batch_size", "epochs", "steps", "schedule", "warmup", "grad_clip", "loss", "amp")
     ),
 )
-REDESCRIBED = ("model.", "data.name", "roles", "scaling.base_width")  # the recipe's shapes no longer hold
+# The recipe's shapes no longer hold.
+REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width")
 LINES = 10  # progress lines without a terminal
 
 
@@ -48,6 +50,7 @@ def command(
     threads: o.Threads = None,
     seed: o.Seed = None,
     fresh: o.Fresh = False,
+    allow_code: o.AllowCode = None,
     json: o.Json = False,
 ) -> None:
     """Train the model of a recipe and measure it on the test data.
@@ -60,8 +63,9 @@ def command(
     stated = {name: context.params[name] for name in ("data_dir", "device", "threads", "seed")}
     changes = {**config.environment_changes(), **config.assignments(set_ or ()), **o.flag_changes(stated)}
     experiment = source.experiment.updated(changes)
-    o.check_names(experiment)
-    overrides = _overrides(source.experiment, experiment)
+    o.require_allowed(context, experiment, changes, allow_code)
+    experiment = o.check_names(experiment)
+    overrides = [*_overrides(source.experiment, experiment), *_edited(source, experiment)]
     folder = run_dir or Path("runs") / f"{o.run_name(experiment)}-target"
 
     result = _train(replace(source, experiment=experiment), overrides, folder, fresh)
@@ -85,8 +89,21 @@ def _overrides(old: Experiment, new: Experiment) -> list[str]:
     return lines
 
 
+def _edited(recipe: Recipe, experiment: Experiment) -> list[str]:
+    """List which of the user's files are no longer those the values were tuned with, and warn."""
+    tuned, now = recipe.provenance.get("source", {}), experiment.sources()
+    lines = [
+        f"source.{name}: {tuned[name]} → {now[name]}"
+        for name in now
+        if tuned.get(name, now[name]) != now[name]
+    ]
+    for line in lines:
+        warn(f"{line}: the file was edited after the values were tuned, which need not be optimal any more")
+    return lines
+
+
 def _train(recipe: Recipe, overrides: list[str], folder: Path, fresh: bool) -> Result:
-    from mupx import training
+    from mupx import parts, training
     from mupx.parametrization import resolved
 
     if fresh:
@@ -94,9 +111,9 @@ def _train(recipe: Recipe, overrides: list[str], folder: Path, fresh: bool) -> R
 
         set_aside(folder)
     recipe = replace(recipe, experiment=resolved(recipe.experiment))
-    data = training.load_data(recipe.experiment)
+    data = parts.load_data(recipe.experiment)
     if any(line.startswith(REDESCRIBED) for line in overrides):
-        recipe = replace(recipe, parameters=training.describe(recipe.experiment, data))
+        recipe = replace(recipe, parameters=parts.describe(recipe.experiment, data))
     _record(recipe, overrides, folder)
     with progress("steps", LINES) as advance:
         return training.train(

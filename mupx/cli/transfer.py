@@ -28,6 +28,7 @@ DESCRIBING: tuple[str, ...] = (
     "data",
     "data_dir",
     "optimizer",
+    "loss",
     "damping_rule",
     "parametrization",
     "batch_size",
@@ -51,6 +52,7 @@ def command(
     data: o.Data = None,
     data_dir: o.DataDir = None,
     optimizer: o.Optimizer = None,
+    loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
     parametrization: o.Parametrization = None,
     batch_size: o.BatchSize = None,
@@ -111,7 +113,7 @@ def command(
     if explain:
         _explain(target)
     say(f"recipe  {path}")
-    say(f"next    mupx train {shlex.quote(str(path))}")
+    say(f"next    {shlex.join(['mupx', 'train', str(path), *o.allow_flags(target.experiment)])}")
 
 
 def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, Path]:
@@ -140,7 +142,8 @@ def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, 
 def _described(flags: Mapping[str, Any], items: list[str] | None) -> Recipe:
     """Return the recipe of values from anywhere; the model is built to describe it."""
     stated = {name: flags[name] for name in DESCRIBING}
-    width, shapes, provenance = flags["base_width"], None, {"origin": "values given on the command line"}
+    width, shapes = flags["base_width"], None
+    provenance: dict[str, Any] = {"origin": "values given on the command line"}
     if flags["base_shapes"] is not None:
         if width is not None:
             raise UsageError("--base-shapes says the base width already; leave --base-width out")
@@ -150,22 +153,24 @@ def _described(flags: Mapping[str, Any], items: list[str] | None) -> Recipe:
     experiment = o.fixed_experiment(o.sources(None, items, {**stated, "width": width}))
     _refuse_missing(stated, experiment)
 
-    from mupx import training
+    from mupx import parts
     from mupx.parametrization import resolved
 
     experiment = resolved(experiment)
-    data = training.load_data(experiment)
-    parameters = training.describe(experiment, data)
+    data = parts.load_data(experiment)
+    parameters = parts.describe(experiment, data)
     if shapes is not None:
         found = interop.base_width_of(shapes, parameters, width)
         if found != width:
             experiment = experiment.updated({"scaling.base_width": found, "scaling.width": found})
-            parameters = training.describe(experiment, data)
+            parameters = parts.describe(experiment, data)
+    if sources := experiment.sources():
+        provenance["source"] = sources
     return Recipe(experiment, parameters, provenance)
 
 
 def _refuse_missing(stated: Mapping[str, Any], experiment: Experiment) -> None:
-    needed = ["base_width", "lr", *(["damping"] if find_rule(experiment.optimizer.name).damping else [])]
+    needed = ["base_width", "lr", *(["damping"] if experiment.optimizer.scaling_rule.damping else [])]
     missing = [f"--{name.replace('_', '-')}" for name in needed if stated[name] is None]
     if missing:
         raise UsageError(
@@ -213,7 +218,7 @@ def _print_layers(recipe: Recipe) -> None:
 
 def _tuned(recipe: Recipe) -> dict[str, float]:
     hyper = recipe.experiment.hyperparameters
-    return {"damping": hyper.damping} if find_rule(recipe.experiment.optimizer.name).damping else {}
+    return {"damping": hyper.damping} if recipe.experiment.optimizer.scaling_rule.damping else {}
 
 
 def _text(layer: Layer, name: str) -> str:
@@ -224,12 +229,12 @@ def _text(layer: Layer, name: str) -> str:
 def _explain(recipe: Recipe) -> None:
     experiment = recipe.experiment
     law = find_parametrization(experiment.scaling.parametrization)
-    main = find_rule(experiment.optimizer.name)
+    main = experiment.optimizer.scaling_rule
     groups: dict[str, list[str]] = {main.name: []}
     for layer in recipe.layers:
         groups.setdefault(layer.optimizer, []).append(layer.name)
     for name, members in groups.items():
-        rule = find_rule(name)
+        rule = main if name == main.name else find_rule(name)
         damping_rule = experiment.optimizer.damping_rule if rule is main else None
         say(
             f"[{name}]"

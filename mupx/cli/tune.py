@@ -28,6 +28,7 @@ def command(
     data: o.Data = None,
     data_dir: o.DataDir = None,
     optimizer: o.Optimizer = None,
+    loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
     parametrization: o.Parametrization = None,
     width: Annotated[int | None, o.whole("--width", o.WHAT, "Width of the proxy: the base width.")] = None,
@@ -136,19 +137,5 @@ def _warn_of_edges(context: typer.Context, edges: list[Edge]) -> None:
         warn(f"the best {edge.param} {number(edge.value)} lies at the {edge.side} end of its range")
     flags = [word for edge in edges for word in edge.text.split()]
     replaced = {edge.param for edge in edges if edge.text.startswith(f"--{edge.param} ")}
-    words = [*_words(context, replaced | {"fresh", "json"}), *flags, "--fresh"]
+    words = [*o.command_line(context, replaced | {"fresh", "json"}), *flags, "--fresh"]
     warn(f"the optimum may lie outside; to search there: {shlex.join(words)}")
-
-
-def _words(context: typer.Context, without: set[str]) -> list[str]:
-    """Return the command line that was given, from its parsed flags; passwords are hidden."""
-    from mupx.study import redact
-
-    words = ["mupx", "tune"]
-    for name, value in context.params.items():
-        if name in without or value is None or value is False:
-            continue
-        option = [] if name == "config" else [f"--{name.rstrip('_').replace('_', '-')}"]
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            words += [*option, redact(str(item))]
-    return words

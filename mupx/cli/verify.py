@@ -34,6 +34,7 @@ def command(
     data: o.Data = None,
     data_dir: o.DataDir = None,
     optimizer: o.Optimizer = None,
+    loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
     parametrization: o.Parametrization = None,
     width: Annotated[int | None, o.whole("--width", o.WHAT, "Base width: that of the proxy.")] = None,
@@ -66,6 +67,7 @@ def command(
     device: o.Device = None,
     run_dir: o.RunDir = None,
     fresh: o.Fresh = False,
+    allow_code: o.AllowCode = None,
     set_: o.Set = None,
     json: o.Json = False,
 ) -> None:
@@ -76,7 +78,7 @@ def command(
     Example: mupx verify --optimizer kfac --width 64 --lr 0.04 --damping 0.004 --quick
     """
     flags = {name: value for name, value in context.params.items() if name not in NOT_RUN_FLAGS}
-    experiment, provenance = _experiment(config, set_, flags)
+    experiment, provenance = _experiment(context, config, set_, flags)
     wanted = _whole_numbers("--widths", widths)
     chosen_seeds = _whole_numbers("--seeds", seeds, least=0)
     read_at = _whole_numbers("--at", at)
@@ -117,7 +119,7 @@ def command(
 
 
 def _experiment(
-    path: Path | None, items: Sequence[str] | None, flags: dict[str, Any]
+    context: typer.Context, path: Path | None, items: Sequence[str] | None, flags: dict[str, Any]
 ) -> tuple[Experiment, dict[str, Any]]:
     """Return the experiment at its base width, and the provenance of a recipe."""
     document = {} if path is None else configs.read_toml(path)
@@ -129,14 +131,14 @@ def _experiment(
         overrides = configs.differences(experiment.model_dump(mode="json"), changed.model_dump(mode="json"))
         told = [line for line in overrides if line.startswith(("train.", "data."))]
         provenance["overrides"] = [*provenance.get("overrides", ()), *told]
+        o.require_allowed(context, changed, changes, flags["allow_code"])
         experiment = changed
     else:
         sources = o.sources(path, items, flags)
         experiment, provenance = o.fixed_experiment([*_centred(sources), *sources[1:]]), {}
     base = flags["width"] or experiment.scaling.base_width
     experiment = experiment.updated({"scaling.base_width": base, "scaling.width": base})
-    o.check_names(experiment)
-    return experiment, provenance
+    return o.check_names(experiment), provenance
 
 
 def _centred(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

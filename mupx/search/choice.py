@@ -184,6 +184,7 @@ def _provenance(study: Study, experiment: Experiment, choice: Choice, storage: s
         "trials": len(trials),
         **study.user_attrs.get("versions", {}),
         "data_checksum": study.user_attrs.get("data_checksum"),
+        "source": study.user_attrs.get("identity", {}).get(config.SOURCE),
         # When the study ended, not when the file was written: the same study gives the same recipe.
         "date": max(ended).astimezone(UTC).isoformat(timespec="seconds") if ended else None,
         "robust": {"trial": robust.trial, "value": robust.value, "params": robust.params},

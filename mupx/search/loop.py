@@ -16,7 +16,15 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import TrialState
 
 from mupx.config import Experiment, Hyperparameters, refuse_difference
-from mupx.errors import MupxError, NoResultError, NotFoundError, StorageError, UsageError, out_of_memory
+from mupx.errors import (
+    MupxError,
+    NoResultError,
+    NotFoundError,
+    StorageError,
+    UsageError,
+    UserCodeError,
+    out_of_memory,
+)
 from mupx.search import choice, confirmation, sampling
 from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign, Outcome, Proxy, told_value, without_test
@@ -136,7 +144,10 @@ def with_space(experiment: Experiment) -> Experiment:
     """Return the experiment with the optimizer's default ranges when it has none of its own."""
     if experiment.search.space:
         return experiment
-    space = sampling.default_space(experiment.optimizer.name, experiment.optimizer.damping_rule)
+    space = sampling.space_of(experiment)
+    if not space:
+        name = experiment.optimizer.scaling_rule.name
+        raise UsageError(f"the rule {name} has no default ranges; give one to search, such as --lr 1e-3:1")
     return experiment.updated({"search.space": {k: v.model_dump() for k, v in space.items()}})
 
 
@@ -199,10 +210,10 @@ def _continue(
 
 def _proxy(experiment: Experiment) -> tuple[Evaluation, dict[str, Any], BasePruner]:
     """Return the evaluation by training, what the study must remember about it, and the pruner."""
-    from mupx import training
+    from mupx import parts, training
 
-    data = training.load_data(experiment)
-    parameters = training.describe(experiment, data)
+    data = parts.load_data(experiment)
+    parameters = parts.describe(experiment, data)
     total = training.total_steps(experiment, len(data.train))
     facts = {"parameters": [asdict(p) for p in parameters], "data_checksum": data.checksum}
     evaluation = Proxy(experiment, without_test(data), parameters, min(sampling.REPORTS, total))
@@ -314,10 +325,10 @@ class Search:
             base = self.experiment.hyperparameters.model_dump()
             outcome = self.evaluation(Hyperparameters(**{**base, **values}), _Reporter(trial, self.url))
             value = told_value(outcome, finished(self.study))
-        except MupxError:
-            self._abandon(trial, "interrupted")
-            raise
         except Exception as error:
+            if isinstance(error, MupxError) and not isinstance(error, UserCodeError):
+                self._abandon(trial, "interrupted")
+                raise
             self._abandon(trial, "failed", error)
             seconds = time.perf_counter() - started
             return TrialInfo(trial.number, "failed", None, trial.params, seconds), error
@@ -350,7 +361,8 @@ class Search:
         with suppress(Exception):
             trial.set_user_attr("outcome", outcome)
             if error is not None:
-                trial.set_user_attr("error", _text(error)[:2000])
+                log = getattr(error, "details", "") or _text(error)
+                trial.set_user_attr("error", redact(log)[-2000:])
             self.study.tell(trial, state=TrialState.FAIL)
 
 
@@ -372,9 +384,8 @@ def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> No
     message = f"a trial failed {count} ({_text(failures[-1])}); "
     if all(map(out_of_memory, last)):
         raise NoResultError(message + "use a smaller batch, width or model") from failures[-1]
-    raise UsageError(
-        message + "correct the code that raised it and run the same command again"
-    ) from failures[-1]
+    message += "correct the code that raised it and run the same command again"
+    raise UserCodeError(message, getattr(failures[-1], "details", "")) from failures[-1]
 
 
 def _result(study: Study, experiment: Experiment, run_dir: Path, url: str) -> SearchResult:

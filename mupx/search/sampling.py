@@ -24,6 +24,7 @@ from mupx.config import Experiment, Range
 from mupx.errors import UsageError, unknown_name
 from mupx.optim import OPTIMIZERS
 from mupx.scaling import find_rule
+from mupx.usercode import is_reference
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -78,6 +79,16 @@ def default_space(optimizer: str, damping_rule: str | None = None) -> dict[str, 
     return {name: Range(low=low, high=high) for name, (low, high) in DEFAULT_SPACES[key].items()}
 
 
+def space_of(experiment: Experiment) -> dict[str, Range]:
+    """Return the ranges searched for an experiment when none are given; none for a rule without a default."""
+    optimizer = experiment.optimizer
+    rule = optimizer.scaling_rule
+    damping_rule = optimizer.damping_rule or rule.default_damping
+    if is_reference(optimizer.name) and (rule.name, damping_rule) not in DEFAULT_SPACES:
+        return {}
+    return default_space(rule.name, damping_rule)
+
+
 def role_space(experiment: Experiment) -> dict[str, Range]:
     """Return ranges for what transfers besides lr and damping: role multipliers, output scale, momentum.
 
@@ -85,7 +96,7 @@ def role_space(experiment: Experiment) -> dict[str, Range]:
     ``optimizer.betas``, has no momentum range.
     """
     hyper = experiment.hyperparameters
-    adam = experiment.optimizer.name == "adamw"
+    adam = experiment.optimizer.scaling_rule.name == "adamw"
     return {
         name: Range(low=min(low, getattr(hyper, name)), high=max(high, getattr(hyper, name)), log=log)
         for name, (low, high, log) in ROLE_RANGES.items()

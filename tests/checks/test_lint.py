@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mupx import training
+from mupx import parts, training
 from mupx.checks.lint import Finding, examine, under_damped
 from mupx.config import Experiment
 
@@ -113,7 +113,7 @@ class ZeroHead(nn.Sequential):
 def test_a_zero_head_is_found_under_kfac_alone(
     setup: settings.Setup, found: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "factory", lambda experiment, data: ZeroHead)
+    monkeypatch.setattr(parts, "factory", lambda experiment, data: ZeroHead)
     assert set(findings(experiment(setup))) == found
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mupx import check_report, training
+from mupx import check_report, parts, training
 from mupx.checks import coordinate
 from mupx.checks.runner import verify
 from mupx.config import Experiment
@@ -88,13 +88,13 @@ def test_a_width_without_whole_shapes_is_named() -> None:
 
 
 def test_a_model_whose_width_changes_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "factory", build_with(lambda width: nn.Linear(24, 10)))
+    monkeypatch.setattr(parts, "factory", build_with(lambda width: nn.Linear(24, 10)))
     with pytest.raises(MismatchError, match="nothing grows"):
         slopes(experiment(settings.SGD), WIDTHS)
 
 
 def test_a_layer_that_never_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "factory", build_with(Unused))
+    monkeypatch.setattr(parts, "factory", build_with(Unused))
     report = slopes(experiment(settings.SGD, base=64), (64, 128, 256), seeds=(0,))
     assert report.verdict == "fail"
     assert any("forgotten never ran" in text for text in report.failures)
@@ -215,7 +215,7 @@ def test_more_widths_reuse_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_reading_changes_neither_the_run_nor_the_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "factory", build_with(Noisy))
+    monkeypatch.setattr(parts, "factory", build_with(Noisy))
     chosen = experiment(settings.SGD)
     data = training.load_data(chosen)
     read, plain = (Run(chosen, data, training.describe(chosen, data)) for _ in range(2))

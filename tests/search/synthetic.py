@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import mupx
 from mupx.layers import Parameter
 
 STEPS = 48
@@ -105,9 +104,12 @@ def _hang(report, reports):
 
 
 def install(setitem, setattr_):
-    """Put this module in the place of mupx.training."""
-    setitem(sys.modules, "mupx.training", sys.modules[__name__])
-    setattr_(mupx, "training", sys.modules[__name__])
+    """Put this module in the place of mupx.training and mupx.parts."""
+    import mupx.parametrization  # while what it needs of mupx.parts is still there
+
+    for name in ("training", "parts"):
+        setitem(sys.modules, f"mupx.{name}", sys.modules[__name__])
+        setattr_(mupx, name, sys.modules[__name__])
 
 
 def experiment(**changes):
