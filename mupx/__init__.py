@@ -9,12 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mupx.checks.runner import verify
+    from mupx.api import train, transfer, tune, verify
     from mupx.config import Experiment, Hyperparameters
     from mupx.parametrization import param_groups, parametrize
-    from mupx.recipe import Recipe, transfer
-    from mupx.search.loop import tune
-    from mupx.training import train
+    from mupx.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,10 +33,10 @@ _HOMES = {
     "Recipe": "mupx.recipe",
     "param_groups": "mupx.parametrization",
     "parametrize": "mupx.parametrization",
-    "train": "mupx.training",
-    "transfer": "mupx.recipe",
-    "tune": "mupx.search.loop",
-    "verify": "mupx.checks.runner",
+    "train": "mupx.api",
+    "transfer": "mupx.api",
+    "tune": "mupx.api",
+    "verify": "mupx.api",
 }
 
 

@@ -30,8 +30,7 @@ from pydantic import (
 
 from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.scaling import Role, ScalingRule, WeightDecayMode, find_rule
-from mupx.usercode import HOW, digest, is_reference
-from mupx.usercode import parse as parse_reference
+from mupx.usercode import HOW, digest, is_reference, label, source_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -251,6 +250,12 @@ class Experiment(_Section):
         return parse(merge(self.model_dump(), changes))
 
     @property
+    def run_name(self) -> str:
+        """The default name of a run folder."""
+        parts = map(label, (self.model.name, self.data.name, self.optimizer.name))
+        return f"{'-'.join(parts)}-w{self.scaling.width}"
+
+    @property
     def own_code(self) -> dict[str, str]:
         """Key → reference, of what is code of the user's own."""
         names = {
@@ -263,7 +268,7 @@ class Experiment(_Section):
 
     def sources(self) -> dict[str, str]:
         """Return file or module → digest of the user's own code, which is imported for that."""
-        return {parse_reference(name).place: digest(name, key) for key, name in self.own_code.items()}
+        return {source_of(name): digest(name, key) for key, name in self.own_code.items()}
 
     def fingerprint(self, *, search: bool) -> str:
         """Return a short hash of everything that decides the numbers of a run.

@@ -22,6 +22,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
+from inspect import unwrap
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -139,7 +140,8 @@ def digest(name: str, what: str) -> str:
     """
     reference = parse(name)
     if reference.place == HERE:
-        return _digest(_code(_handed_over(reference, what)))
+        # What is not code (data) carries its own digest in its name.
+        return _digest(_code(_given.get(name, name)))
     module = _module(reference, what)
     if module.__name__ not in _digests:
         path = getattr(module, "__file__", None)
@@ -161,6 +163,12 @@ def is_loaded(name: str) -> bool:
     reference = parse(name)
     module = _file_module(reference.path) if reference.is_file else reference.place
     return name in _given or module in sys.modules
+
+
+def source_of(name: str) -> str:
+    """Return what :func:`digest` is taken of: a file or module as it was written, or the object's name."""
+    reference = parse(name)
+    return name if reference.place == HERE else reference.place
 
 
 def place(name: str) -> str:
@@ -249,9 +257,13 @@ def _digest(content: bytes) -> str:
 
 def _code(thing: Any) -> bytes:
     """Return what a function does, without line numbers; of anything else its name."""
+    if callable(thing):
+        thing = unwrap(thing)  # torch wraps an optimizer's step when the first one is made
     code = getattr(thing, "__code__", None)
     if isinstance(code, CodeType):
         return repr(_described(code)).encode()
+    if isinstance(thing, str):
+        return thing.encode()
     members = sorted(vars(thing).items()) if isinstance(thing, type) else []
     inner = [(name, _code(member)) for name, member in members if hasattr(member, "__code__")]
     return repr((getattr(thing, "__qualname__", type(thing).__qualname__), inner)).encode()

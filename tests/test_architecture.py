@@ -49,6 +49,7 @@ LEVELS = {
     "mupx.distributed": 6,
     "mupx.search": 7,
     "mupx.checks": 7,
+    "mupx.api": 8,
     "mupx.report": 8,
     "mupx.plots": 8,
     "mupx.tables": 8,

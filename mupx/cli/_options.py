@@ -20,7 +20,7 @@ from mupx.errors import UsageError, unknown_name
 from mupx.models import MODELS
 from mupx.optim import OPTIMIZERS
 from mupx.scaling import PARAMETRIZATIONS, find_parametrization
-from mupx.usercode import is_reference, label, place
+from mupx.usercode import is_reference, place
 
 WHAT, HOW, WHERE = "What is trained", "How it is searched", "Where and how to run"
 Document = dict[str, Any]
@@ -294,13 +294,6 @@ def require_positive(option: str, value: float) -> None:
     """Refuse zero, a negative number, NaN and infinity."""
     if not (math.isfinite(value) and value > 0):
         raise UsageError(f"{option} must be a positive finite number, got {value:g}; example: {option} 16")
-
-
-def run_name(experiment: Experiment) -> str:
-    """Return the default name of a search's run folder."""
-    e = experiment
-    parts = map(label, (e.model.name, e.data.name, e.optimizer.name))
-    return f"{'-'.join(parts)}-w{e.scaling.width}"
 
 
 def _base_width(documents: Sequence[Document]) -> Any:

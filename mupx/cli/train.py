@@ -66,7 +66,7 @@ def command(
     o.require_allowed(context, experiment, changes, allow_code)
     experiment = o.check_names(experiment)
     overrides = [*_overrides(source.experiment, experiment), *_edited(source, experiment)]
-    folder = run_dir or Path("runs") / f"{o.run_name(experiment)}-target"
+    folder = run_dir or Path("runs") / f"{experiment.run_name}-target"
 
     result = _train(replace(source, experiment=experiment), overrides, folder, fresh)
     if json:

@@ -78,7 +78,7 @@ def command(
     """
     flags = {name: value for name, value in context.params.items() if name not in ("config", "search")}
     experiment = o.searched_experiment(o.sources(config, set_, flags), roles=o.wants_roles(search))
-    folder = run_dir or Path("runs") / o.run_name(experiment)
+    folder = run_dir or Path("runs") / experiment.run_name
 
     from mupx.parametrization import resolved
     from mupx.search import tune

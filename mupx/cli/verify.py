@@ -82,7 +82,7 @@ def command(
     wanted = _whole_numbers("--widths", widths)
     chosen_seeds = _whole_numbers("--seeds", seeds, least=0)
     read_at = _whole_numbers("--at", at)
-    folder = run_dir or Path("runs") / f"{o.run_name(experiment)}-verify"
+    folder = run_dir or Path("runs") / f"{experiment.run_name}-verify"
 
     from mupx import check_report
     from mupx.checks.runner import SEEDS, STEPS, verify

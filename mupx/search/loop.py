@@ -44,6 +44,8 @@ from mupx.study import (
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
+    from mupx.datasets.base import Dataset
+
 RENEW = 30.0  # seconds between two renewals of a lease; far below its hour
 SAME_ERRORS = 3  # equal exceptions in a row that stop a search
 
@@ -92,6 +94,7 @@ def tune(
     *,
     run_dir: Path,
     fresh: bool = False,
+    data: Dataset | None = None,
     progress: Progress | None = None,
     objective: Callable[[Hyperparameters], float] | None = None,
     untrained: float | None = None,
@@ -105,6 +108,7 @@ def tune(
         experiment: What to tune; an empty ``search.space`` takes the optimizer's default ranges.
         run_dir: Folder of the study and the recipe.
         fresh: Move an existing run folder aside (``run_dir.old-1``, …) and start anew.
+        data: The loaded data set; by default that of the experiment is loaded, once.
         progress: Called after each trial.
         objective: Somebody else's training loop, hyperparameters → loss; not finite when it diverged.
         untrained: With ``objective``: the loss of an untrained model, told for diverged trials.
@@ -134,9 +138,9 @@ def tune(
         study = _existing(url, name, identity)
         if study is None or len(finished(study)) < experiment.search.trials:
             foreign = Foreign(objective, untrained) if objective else None
-            study = _continue(experiment, foreign, url, name, identity, run_dir, progress)
+            study = _continue(experiment, data, foreign, url, name, identity, run_dir, progress)
         if experiment.search.confirm:
-            _confirm(study, experiment, confirmed)
+            _confirm(study, experiment, data, confirmed)
         return _result(study, experiment, run_dir, url)
 
 
@@ -181,6 +185,7 @@ def _existing(url: str, name: str, identity: Mapping[str, Any]) -> Study | None:
 
 def _continue(
     experiment: Experiment,
+    data: Dataset | None,
     foreign: Foreign | None,
     url: str,
     name: str,
@@ -193,7 +198,7 @@ def _continue(
     The evaluation is prepared first: a wrong data or model name leaves no empty study behind.
     """
     sampling.require_sampler(experiment.search.sampler)
-    evaluation, facts, pruner = (foreign, {}, NopPruner()) if foreign else _proxy(experiment)
+    evaluation, facts, pruner = (foreign, {}, NopPruner()) if foreign else _proxy(experiment, data)
     note(run_dir, url, name)
     study = open_study(url, name, create=True, identity=identity)
     _describe(study, experiment, facts)
@@ -208,11 +213,11 @@ def _continue(
     return study
 
 
-def _proxy(experiment: Experiment) -> tuple[Evaluation, dict[str, Any], BasePruner]:
+def _proxy(experiment: Experiment, data: Dataset | None) -> tuple[Evaluation, dict[str, Any], BasePruner]:
     """Return the evaluation by training, what the study must remember about it, and the pruner."""
     from mupx import parts, training
 
-    data = parts.load_data(experiment)
+    data = parts.load_data(experiment) if data is None else data
     parameters = parts.describe(experiment, data)
     total = training.total_steps(experiment, len(data.train))
     facts = {"parameters": [asdict(p) for p in parameters], "data_checksum": data.checksum}
@@ -220,10 +225,12 @@ def _proxy(experiment: Experiment) -> tuple[Evaluation, dict[str, Any], BasePrun
     return evaluation, facts, sampling.pruner(experiment.search.pruner, total)
 
 
-def _confirm(study: Study, experiment: Experiment, progress: confirmation.Progress | None) -> None:
+def _confirm(
+    study: Study, experiment: Experiment, data: Dataset | None, progress: confirmation.Progress | None
+) -> None:
     leaders = choice.usable(study)[: experiment.search.confirm]
     if confirmation.missing(study, leaders):
-        proxy, *_ = _proxy(experiment)
+        proxy, *_ = _proxy(experiment, data)
         assert isinstance(proxy, Proxy)
         confirmation.confirm(study, leaders, proxy, progress)
 
