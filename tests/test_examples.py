@@ -16,6 +16,7 @@ EXAMPLES = {  # name: small arguments, and what its last lines must say
         [],
         r"(?s)trace damping: pass.*pi damping: fail.*because input.weight: π",
     ),
+    "04_own_optimizer.py": ([], r"(?s)mupx tune.*mupx train.*finished after 62 steps.*verdict  pass"),
 }
 
 
