@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from inspect import unwrap
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from mupx.blame import calling
@@ -32,9 +33,11 @@ from mupx.errors import NotFoundError, UsageError
 
 __path__: list[str] = []  # makes this module the parent package of the files; nothing is searched here
 HERE = "python"
+DEPTH = 8  # levels of nesting that a digest looks into
 HOW = "code of your own is written file.py:attribute or package.module:attribute"
 
 _given: dict[str, Any] = {}  # python:<name> → object
+_used: set[tuple[str, str]] = set()  # module and attribute of what was asked for in this process
 _digests: dict[str, str] = {}  # module → digest of the source it was made from
 
 
@@ -112,6 +115,7 @@ def load(name: str, what: str) -> Any:
             if not hasattr(target, attribute):
                 raise _no_attribute(reference, attribute, target, what)
             target = getattr(target, attribute)
+    _used.add(_key(reference))
     return target
 
 
@@ -136,7 +140,7 @@ def digest(name: str, what: str) -> str:
     """Return 16 hex digits of the source behind a reference, as it was when it was imported.
 
     Of a file or module it is the file's content (not that of the files it imports); of an object handed
-    over in Python its compiled code, where it has some.
+    over in Python its compiled code, with the defaults, bound arguments and enclosed values that are plain.
     """
     reference = parse(name)
     if reference.place == HERE:
@@ -151,7 +155,8 @@ def digest(name: str, what: str) -> str:
 
 def hand_over(thing: Any) -> str:
     """Keep an object of this process under a name and return it: ``python:module.qualname``."""
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    kind = thing.func if isinstance(thing, partial) else thing
+    kind = kind if hasattr(kind, "__qualname__") else type(kind)
     qualname = kind.__qualname__.replace("<locals>.", "")
     name = f"{HERE}:{kind.__module__}.{qualname}".replace("<", "").replace(">", "")
     _given[name] = thing
@@ -159,10 +164,11 @@ def hand_over(thing: Any) -> str:
 
 
 def is_loaded(name: str) -> bool:
-    """Whether this process has imported the code behind a reference already."""
-    reference = parse(name)
-    module = _file_module(reference.path) if reference.is_file else reference.place
-    return name in _given or module in sys.modules
+    """Whether this process was asked for the object behind a reference before.
+
+    That its module is imported does not count: ``os`` always is.
+    """
+    return name in _given or _key(parse(name)) in _used
 
 
 def source_of(name: str) -> str:
@@ -246,6 +252,11 @@ def _no_attribute(reference: Reference, attribute: str, target: Any, what: str) 
     return UsageError(f"{what} = {reference.text}: {reference.place} has no {attribute!r}{guess}")
 
 
+def _key(reference: Reference) -> tuple[str, str]:
+    place = _file_module(reference.path) if reference.is_file else reference.place
+    return place, reference.attribute
+
+
 def _file_module(path: Path) -> str:
     stem = re.sub(r"\W", "_", path.stem)
     return f"{__name__}.{stem}_{str(path).encode().hex()}"
@@ -256,27 +267,32 @@ def _digest(content: bytes) -> str:
 
 
 def _code(thing: Any) -> bytes:
-    """Return what a function does, without line numbers; of anything else its name."""
-    if callable(thing):
-        thing = unwrap(thing)  # torch wraps an optimizer's step when the first one is made
-    code = getattr(thing, "__code__", None)
-    if isinstance(code, CodeType):
-        return repr(_described(code)).encode()
-    if isinstance(thing, str):
-        return thing.encode()
-    members = sorted(vars(thing).items()) if isinstance(thing, type) else []
-    inner = [(name, _code(member)) for name, member in members if hasattr(member, "__code__")]
-    return repr((getattr(thing, "__qualname__", type(thing).__qualname__), inner)).encode()
+    """Return what an object does, without line numbers and addresses."""
+    return repr(_plain(thing)).encode()
 
 
-def _described(code: CodeType) -> tuple[Any, ...]:
-    return (code.co_code, code.co_names, [_constant(c) for c in code.co_consts])
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, CodeType):
-        return _described(value)
-    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+def _plain(thing: Any, depth: int = 0) -> Any:
+    if isinstance(thing, (str, bytes, int, float, complex, type(None))) or depth > DEPTH:
+        return thing if depth <= DEPTH else None
+    if isinstance(thing, (tuple, list, set, frozenset)):
+        items = [_plain(item, depth + 1) for item in thing]
+        return items if isinstance(thing, (tuple, list)) else sorted(map(repr, items))
+    if isinstance(thing, dict):
+        return sorted((repr(key), _plain(item, depth + 1)) for key, item in thing.items())
+    if isinstance(thing, CodeType):
+        return (thing.co_code, thing.co_names, _plain(thing.co_consts, depth))
+    if isinstance(thing, partial):
+        return _plain([thing.func, thing.args, thing.keywords], depth)
+    if isinstance(thing, FunctionType):
+        # torch wraps an optimizer's step when the first one is made: what it wraps is what was written.
+        function = unwrap(thing)
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells]
+        return [_plain(part, depth + 1) for part in parts]
+    kind = thing if isinstance(thing, type) else type(thing)
+    functions = {name: member for name, member in vars(kind).items() if isinstance(member, FunctionType)}
+    own = {} if thing is kind else getattr(thing, "__dict__", {})
+    return [kind.__qualname__, _plain(functions, depth + 1), _plain(own, depth + 1)]
 
 
 class _Loader(SourceFileLoader):

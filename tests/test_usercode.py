@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import sys
+from functools import partial
 
 import pytest
 
@@ -88,6 +89,30 @@ def test_an_object_of_this_process_has_a_name_and_a_digest():
     assert usercode.digest(name, "x") != first
     with pytest.raises(UsageError, match=r"move it into a file and name it file.py:gone"):
         usercode.load("python:here.gone", "model.name")
+
+
+def digest_of(thing):
+    return usercode.digest(usercode.hand_over(thing), "x")
+
+
+def test_the_digest_of_an_object_sees_what_is_bound_to_it():
+    def enclosing(depth, what=None):
+        return lambda width, bias=True: (width, depth, bias, what)
+
+    assert digest_of(enclosing(2)) == digest_of(enclosing(2))
+    assert digest_of(enclosing(2)) != digest_of(enclosing(3))
+    assert digest_of(partial(enclosing, 2)) == digest_of(partial(enclosing, 2))
+    assert digest_of(partial(enclosing, 2)) != digest_of(partial(enclosing, 3))
+    assert digest_of(enclosing(2, object())) == digest_of(enclosing(2, object()))  # no address in it
+    assert digest_of(enclosing(2, {"a", "b"})) != digest_of(enclosing(2, {"a", "c"}))
+
+
+def test_only_what_was_asked_for_counts_as_loaded(folder):
+    assert not usercode.is_loaded("os:system")  # though os is imported
+    assert not usercode.is_loaded("own.py:build")
+    usercode.load("own.py:build", "x")
+    assert usercode.is_loaded("./own.py:build")
+    assert not usercode.is_loaded("own.py:Net")
 
 
 @pytest.mark.parametrize(

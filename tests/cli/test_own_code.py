@@ -286,6 +286,15 @@ def test_a_config_file_of_ones_own_may_name_code(own, tmp_path):
     assert own("verify", "c.toml", "--width", 8, "--quick", "--slopes-only", "--seeds", 0).code in (0, 6)
 
 
+def test_a_recipe_tuned_on_objects_of_python_says_what_to_do(own, tmp_path):
+    own("transfer", *PARTS, "--base-width", 8, "--width", 16, "--lr", ".1", "-o", "w.toml")
+    text = (tmp_path / "w.toml").read_text().replace("own.py:", "python:main.")
+    (tmp_path / "w.toml").write_text(text)
+    ended = own("train", "w.toml")
+    assert ended.code == 2
+    assert "move it into a file and name it file.py:" in ended.message
+
+
 def test_names_may_come_from_the_environment(own, monkeypatch):
     monkeypatch.setenv("MUPX_MODEL__NAME", "own.py:build")
     ended = own(*tune(parts=PARTS[2:]), "--json")
