@@ -20,10 +20,12 @@ from typing import Any
 
 import mupx
 from mupx.config import Experiment
+from mupx.errors import UsageError
 from mupx.layers import Layer
 from mupx.optim import OPTIMIZERS
 from mupx.recipe import Recipe
-from mupx.scaling import find_parametrization, find_rule
+from mupx.scaling import find_parametrization
+from mupx.usercode import is_reference
 
 VALUES = ("init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 # torch multiplies a decoupled weight decay by the lr; mupx's `independent` one does not depend on it.
@@ -202,9 +204,14 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
     from mupx.parametrization import STRUCTURE
 
     name, chosen = experiment.optimizer.name, experiment.optimizer
+    if is_reference(name):
+        raise UsageError(
+            f"format torch writes mupx's and torch's optimizers, and {name} is your own; "
+            "use --format json, or Recipe.apply(model) for its groups"
+        )
     module, _, attribute = OPTIMIZERS[name].partition(":")
     offered: dict[str, Any] = {
-        "damping_rule": chosen.damping_rule or find_rule(name).default_damping,
+        "damping_rule": chosen.damping_rule or chosen.scaling_rule.default_damping,
         "loss": experiment.train.loss,
         **{key: getattr(chosen, key) for key in STRUCTURE},
     }
@@ -266,7 +273,7 @@ def _base_std(layers: Sequence[Layer]) -> str:
 
 def _comments(recipe: Recipe) -> dict[str, str]:
     experiment = recipe.experiment
-    rule, scaling, train = find_rule(experiment.optimizer.name), experiment.scaling, experiment.train
+    rule, scaling, train = experiment.optimizer.scaling_rule, experiment.scaling, experiment.train
     law = find_parametrization(scaling.parametrization)
     damping = f", {experiment.optimizer.damping_rule or rule.default_damping} damping" if rule.damping else ""
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"

@@ -23,9 +23,10 @@ from torch import nn
 from mupx.config import parse
 from mupx.errors import MismatchError
 from mupx.export import FORMATS, printable, to_json, to_torch
+from mupx.groups import check_groups, make_groups
 from mupx.layers import Parameter
 from mupx.models.mlp import build as build_mlp
-from mupx.parametrization import build_optimizer, check_groups, initialise, make_groups, resolved
+from mupx.parametrization import build_optimizer, initialise, resolved
 from mupx.recipe import Recipe, from_dict
 from mupx.roles import describe
 from tests.factories import cnn

@@ -54,3 +54,15 @@ def test_a_wrong_argument_is_refused_in_one_sentence(run, recipe, tmp_path, argu
     assert ended.code == code, ended.err
     assert message in ended.message
     assert (tmp_path / "r.toml").read_bytes() == before
+
+
+def test_an_optimizer_of_ones_own_is_exported_as_json_only(run, tmp_path):
+    (tmp_path / "own.py").write_text("from torch.optim import RMSprop\n")
+    values = ["--model", "mlp", "--data", "synthetic", "--base-width", 8, "--width", 16, "--lr", 0.01]
+    rule = ["--set", "optimizer.rule=adamw", "--set", "optimizer.weight_decay_mode=l2"]
+    made = run("transfer", *values, "--optimizer", "own.py:RMSprop", *rule, "-o", "own.toml")
+    assert made.code == 0, made.err
+    refused = run("export", "own.toml")
+    assert refused.code == 2
+    assert "use --format json" in refused.message
+    assert run("export", "own.toml", "--format", "json").code == 0
