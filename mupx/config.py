@@ -22,7 +22,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_serializer,
     model_validator,
@@ -233,6 +235,52 @@ class ScalingConfig(_Section):
     width: PositiveInt = 64
 
 
+class Declaration(_Section):
+    """What a user says about a parameter; whatever is left out is inferred.
+
+    ``tied`` is the role of a head that shares its weight with an embedding. ``fan_in`` and ``fan_out``
+    list axes, for every optimizer alike. ``growing_head`` marks the query projection of an attention that
+    divides its logits by √d_head while d_head grows with width.
+    """
+
+    role: Role | Literal["tied"] | None = None
+    fan_in: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
+    fan_out: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
+    growing_head: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.fan_in is None) != (self.fan_out is None):
+            raise ValueError("fan_in and fan_out go together")
+        if self.fan_in is not None and {*self.fan_in} & {*(self.fan_out or ())}:
+            raise ValueError("an axis is fan-in or fan-out, not both")
+        if self.role is None and self.fan_in is None and not self.growing_head:
+            raise ValueError("say at least one of role, fan_in and fan_out, growing_head")
+        return self
+
+
+def declare(value: str | Mapping[str, Any] | Declaration, name: str) -> Declaration:
+    """Return what ``[roles]`` says about ``name``: a role's name, a table, or a declaration as it is.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if isinstance(value, Declaration):
+        return value
+    try:
+        return Declaration.model_validate({"role": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        items = ({**item, "loc": ("roles", name, *item["loc"])} for item in error.errors())
+        raise UsageError("; ".join(map(_explain, items))) from None
+
+
+RoleName = Role | Literal["tied"]
+RoleEntry = Annotated[
+    Annotated[RoleName, Tag("role")] | Annotated[Declaration, Tag("table")],
+    Discriminator(lambda value: "role" if isinstance(value, str) else "table"),
+]
+
+
 class Experiment(_Section):
     """Everything a run depends on. Proxy and target differ only in ``scaling.width``."""
 
@@ -243,7 +291,7 @@ class Experiment(_Section):
     search: SearchConfig = SearchConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
-    roles: dict[str, Role] = Field(default_factory=dict)
+    roles: dict[str, RoleEntry] = Field(default_factory=dict)
 
     def updated(self, changes: Mapping[str, Any]) -> Experiment:
         """Return a copy with dotted keys replaced: ``{"scaling.width": 1024}``."""
@@ -430,6 +478,8 @@ def _reason(item: Any) -> str:
 
 
 def _known_keys(location: list[str]) -> Iterable[str]:
+    if location[:1] == ["roles"]:
+        return Declaration.model_fields
     section: type[BaseModel] = Experiment
     for name in location:
         annotation = section.model_fields[name].annotation if name in section.model_fields else None

@@ -31,15 +31,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mupx.errors import UsageError
 from mupx.losses import Loss
+from mupx.roles.axes import factorable
 
 Layer = nn.Linear | nn.Conv2d
-
-
-def factorable(module: nn.Module) -> bool:
-    """Whether K-FAC has Kronecker factors for this module: Linear, and ungrouped zero-padded Conv2d."""
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
 
 
 def factorable_layers(model: nn.Module) -> dict[str, Layer]:

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
-from mupx.scaling import ROLES, LayerScale, Role, ScalingRule, find_parametrization, find_rule
+from mupx.scaling import (
+    ROLES,
+    LayerScale,
+    Role,
+    ScalingRule,
+    WeightDecayMode,
+    find_parametrization,
+    find_rule,
+)
 
 Shape = tuple[int, ...]
+INTERNAL = ("base_std", "tied_head", "logit_scale")  # fields of a Layer that are no column of the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +35,21 @@ class Parameter:
 
     Attributes:
         name: Qualified name in ``model.named_parameters()``.
-        kind: What owns it: ``linear``, ``conv2d``, ``linear.bias``, ``norm``, ``embedding``, ``other``…
+        kind: What an update can treat it as: ``linear``, ``conv2d`` and their ``.bias`` (K-FAC captures
+            the layer), ``conv``, ``embedding``, ``matrix`` (a matrix once flattened), ``norm``, ``vector``,
+            ``tensor``.
         role: input, hidden, output or vector.
         shape: Shape at the base width.
         doubled: Shape at twice the base width.
         in_axes: Axes that make up fan-in (kernel positions included; they do not grow).
         out_axes: Axes that make up fan-out.
-        std: Standard deviation of its initial entries at the base width; 0 for constants.
+        std: Standard deviation of its initial entries at the base width; 0 for what is not drawn.
+        owner: Type of the module that owns it.
+        why: What decided its role.
+        growing_head: It makes the queries of an attention that divides its logits by √d_head while the
+            head size grows as ``r_out``: α = r_out^-½ is folded into it.
+        tied_head: Name of the module that also uses it as its weight, and whose logits are therefore
+            multiplied by one over the growth of their fan-in.
     """
 
     name: str
@@ -43,6 +60,10 @@ class Parameter:
     in_axes: Shape
     out_axes: Shape
     std: float
+    owner: str = ""
+    why: str = ""
+    growing_head: bool = False
+    tied_head: str = ""
 
     def shape_at(self, base_width: int, width: int) -> Shape:
         """Extrapolate the shape to ``width``, assuming dimensions affine in width.
@@ -91,13 +112,15 @@ class Layer:
     damping_B: float | None
     eps: float | None
     weight_decay: float
-    base_std: float = field(repr=False)  # not a column: what a draw of the base shape has by itself
+    # Not columns: what a draw of the base shape has by itself, and what multiplies a tied head's logits.
+    base_std: float = field(repr=False)
+    tied_head: str = field(default="", repr=False)
+    logit_scale: float = field(default=1.0, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as a dictionary in table order."""
         row = {**asdict(self), "shape": list(self.shape)}
-        del row["base_std"]
-        return row
+        return {name: value for name, value in row.items() if name not in INTERNAL}
 
 
 def derive(
@@ -138,15 +161,19 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
     fallen = rule is not main
     r_in, r_out = parameter.ratios(shape)
     main.damping_scale(optimizer.damping_rule)
-    scale = find_parametrization(scaling.parametrization).scale(
+    law = find_parametrization(scaling.parametrization)
+    folded = head_factor(r_out) if parameter.growing_head and law.scaled else 1.0
+    scale = law.scale(
         rule,
         parameter.role,
         r_in,
         r_out,
+        depth=folded,
         blocks=_block_ratio(rule, parameter.shape, shape, optimizer.blocks),
         damping_rule=None if fallen else optimizer.damping_rule,
         weight_decay_mode=optimizer.weight_decay_mode,
     )
+    scale = _fold(scale, rule, folded, optimizer.weight_decay_mode)
     damping_A, damping_B = base_ridges(rule, scale, experiment)
     lr = optimizer.fallback_lr if fallen else hyper.lr
     return Layer(
@@ -163,6 +190,30 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
         eps=None if scale.eps is None else hyper.eps * scale.eps,
         weight_decay=hyper.weight_decay * scale.weight_decay,
         base_std=parameter.std,
+        tied_head=parameter.tied_head,
+        logit_scale=1 / r_out if parameter.tied_head and law.scaled else 1.0,
+    )
+
+
+def head_factor(r_head: float) -> float:
+    """Return α = r_head^-½: a fixed 1/√d_head times α is the 1/d_head that logits need (TP5, §5)."""
+    return float(r_head**-0.5)
+
+
+def _fold(scale: LayerScale, rule: ScalingRule, alpha: float, mode: WeightDecayMode) -> LayerScale:
+    """Fold a multiplier α of the forward pass into W = α V, where V has the values of ``scale``.
+
+    V sees α times W's gradient, as a residual branch's weights see 1/depth times theirs: evaluating the
+    rule at depth α gives V's lr × α^h, eps × α^-1 and ridges × α^-2 for an update of degree h in the
+    gradient. Writing V's step for W = α V gives one more α. SGD: α²; Adam: α; K-FAC: 1; Shampoo
+    L^-e G R^-e: α^(2-4e), so α at e = ¼. An update in units of ‖W‖ (LAMB) already has that α.
+    """
+    if alpha == 1.0:
+        return scale
+    lr = 1.0 if rule.weight_norm_relative else alpha
+    decay = 1.0 if mode == "independent" else 1 / lr
+    return replace(
+        scale, init_std=scale.init_std * alpha, lr=scale.lr * lr, weight_decay=scale.weight_decay * decay
     )
 
 

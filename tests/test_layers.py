@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mupx.config import Experiment, parse
 from mupx.errors import MismatchError, UsageError
-from mupx.layers import Layer, Parameter, block_grid, derive, parse_role, require_growth
+from mupx.layers import INTERNAL, Layer, Parameter, block_grid, derive, parse_role, require_growth
 from tests.strategies import experiments, parameters
 
 WEIGHT = Parameter("fc.weight", "linear", "hidden", (8, 8), (16, 16), (1,), (0,), 0.1)
@@ -44,7 +44,7 @@ def test_the_table_is_positive_and_complete(described: tuple[Parameter, ...], co
         assert layer.weight_decay >= 0
         for value in (layer.damping_A, layer.damping_B, layer.eps):
             assert value is None or value > 0
-        assert set(layer.as_dict()) == set(Layer.__slots__) - {"base_std"}
+        assert set(layer.as_dict()) == set(Layer.__slots__) - {*INTERNAL}
 
 
 @given(parameters(), experiments())

@@ -125,7 +125,7 @@ def test_bare_tensor_with_three_axes(growing: int) -> None:
     if growing == 2:
         assert roles_of(Bare, 4)["w"] == "vector"
     else:
-        with pytest.raises(MismatchError, match="neither fan-in nor fan-out"):
+        with pytest.raises(MismatchError, match="fan-in, fan-out or neither"):
             describe(Bare, 4)
 
 

@@ -2,6 +2,6 @@
 
 from mupx.roles.building import Factory
 from mupx.roles.description import describe
-from mupx.roles.initial import initial_std
+from mupx.roles.initial import initial_std, own_std
 
-__all__ = ["Factory", "describe", "initial_std"]
+__all__ = ["Factory", "describe", "initial_std", "own_std"]

@@ -3,33 +3,37 @@
 The factory is built at the base width and at twice the base width. A dimension that differs grows with
 width; the layer type says which axes are fan-in. Role is a property of the architecture, whatever the
 target: *input* (only fan-out grows), *hidden* (both grow, or a finite fan-out that is not the read-out),
-*output* (the last module with growing fan-in and fixed fan-out in a traced forward pass), *vector*.
+*output* (growing fan-in and fixed fan-out, the last such used in a traced forward pass), *vector*.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from dataclasses import replace
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from mupx.config import Declaration
 from mupx.errors import MismatchError, UsageError
-from mupx.layers import Parameter, Shape, require_growth
-from mupx.roles.axes import BARE, Layout, bare_layout, growing_axes, layout_of
-from mupx.roles.building import Factory, shapes_at
+from mupx.layers import Parameter, require_growth
+from mupx.roles.axes import NORMS, Layout, factorable, growing_axes, layout_of
+from mupx.roles.building import Factory, Pair, build_pair
+from mupx.roles.declarations import apply_axes, bare_layout, declared, undeclared
 from mupx.roles.initial import initial_std
-from mupx.roles.tracing import call_order
-from mupx.scaling import Role
+from mupx.roles.sharing import Shared, functional_head, shared_layout, shared_names, tied_module
+from mupx.roles.tracing import Trace, trace_forward
+from mupx.scaling import FACTORED, Role
 
-BUILD_SEED = 0
+QUERY_NORM = re.compile(r"(^|_)(q|qk|query)_?(norm|ln)|(norm|ln)_?(q|qk|query)($|_)")
 
 
 def describe(
     build: Factory,
     base_width: int,
     *,
-    overrides: Mapping[str, Role] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     example: Tensor | None = None,
 ) -> tuple[Parameter, ...]:
     """Describe every parameter of ``build(width)`` at the base width and at twice that.
@@ -37,110 +41,175 @@ def describe(
     Args:
         build: Factory of the model, ``build(width)``.
         base_width: The width at which multipliers are 1.
-        overrides: Name pattern (``*`` and ``?``) → role, for what the shapes cannot tell.
-        example: A batch of inputs; with it the read-out is the last one in a traced forward pass,
+        overrides: Name pattern (``*`` and ``?``) → role or :class:`~mupx.config.Declaration`, for what
+            shapes cannot tell.
+        example: A batch of inputs; with it the read-out is the last one used in a traced forward pass,
             without it the last one in order of registration.
 
     Raises:
         MismatchError: Nothing grows with width, or a parameter's role cannot be told.
-        UsageError: An override matches no parameter.
+        UsageError: The factory or the model fails, or an override matches no parameter or cannot hold.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(BUILD_SEED)
-        base = build(base_width)
-        doubled = shapes_at(build, 2 * base_width)
-        order = call_order(base, example)
-    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
-    if shapes.keys() != doubled.keys():
-        different = sorted(shapes.keys() ^ doubled.keys())
-        raise MismatchError(
-            f"width changes which parameters exist ({', '.join(different[:3])}); "
-            "the factory must build the same layers at every width"
-        )
-    _refuse_tied(base)
-    chosen = _overridden(shapes, overrides or {})
-    layouts = {name: layout_of(owner, leaf) for name, owner, leaf in _owned(base)}
-    layouts |= {
-        name: bare_layout(layouts[name], role, growing_axes(shapes[name], doubled[name]), len(shapes[name]))
-        for name, role in chosen.items()
-        if layouts[name].kind in BARE
-    }
-    inferred = {name: layout for name, layout in layouts.items() if name not in chosen}
-    roles = _roles(shapes, doubled, inferred, order) | chosen
-    parameters = tuple(
-        Parameter(
-            name=name,
-            kind=layouts[name].kind,
-            role=roles[name],
-            shape=shapes[name],
-            doubled=doubled[name],
-            in_axes=layouts[name].in_axes,
-            out_axes=layouts[name].out_axes,
-            std=initial_std(base, name),
-        )
-        for name in shapes
-    )
+    pair = build_pair(build, base_width)
+    shared = shared_names(pair.base)
+    said = declared(shared, overrides or {})
+    trace = None if example is None else trace_forward(pair.base, example)
+    reader = _Reader(pair, shared, said, trace)
+    parameters = reader.parameters()
     require_growth(parameters, base_width)
     return parameters
 
 
-def _owned(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    result = []
-    for name, _ in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        result.append((name, model.get_submodule(path), leaf))
-    return result
+class _Reader:
+    """One reading of a model: layouts first, then roles, which need all of them."""
 
+    def __init__(
+        self, pair: Pair, shared: Shared, said: Mapping[str, Declaration], trace: Trace | None
+    ) -> None:
+        self.pair, self.shared, self.said, self.trace = pair, shared, said, trace
+        self.shapes = {name: tuple(p.shape) for name, p in pair.base.named_parameters()}
+        self.doubled = {name: tuple(p.shape) for name, p in pair.doubled.named_parameters()}
+        self.tied = {name: self._tied_head(name) for name in self.shapes}
 
-def _roles(
-    shapes: Mapping[str, Shape], doubled: Mapping[str, Shape], layouts: Mapping[str, Layout], order: list[str]
-) -> dict[str, Role]:
-    roles: dict[str, Role] = {}
-    readouts: list[str] = []
-    for name, layout in layouts.items():
-        grows = growing_axes(shapes[name], doubled[name])
-        grows_in, grows_out = bool(grows & {*layout.in_axes}), bool(grows & {*layout.out_axes})
-        if grows - {*layout.in_axes, *layout.out_axes}:
-            raise _unknown_role(name, shapes[name], "an axis that is neither fan-in nor fan-out grows")
-        if not layout.in_axes:
-            roles[name] = "vector"
-        elif layout.kind == "matrix" and grows:
-            raise _unknown_role(name, shapes[name], "a bare parameter does not say which axis is fan-in")
-        else:
-            roles[name] = "hidden" if grows_in else "input"
-            if grows_in and not grows_out:
-                readouts.append(name)
-    if readouts:
-        position = {module: i for i, module in enumerate(order)}
-        roles[max(readouts, key=lambda n: position.get(n.rpartition(".")[0], -1))] = "output"
-    return roles
+    def parameters(self) -> tuple[Parameter, ...]:
+        layouts = self._with_biases_of_their_weights({name: self._layout(name) for name in self.shapes})
+        readouts = [n for n, layout in layouts.items() if self._is_readout(n, layout)]
+        output = self._last(readouts)
+        return tuple(self._parameter(name, layouts[name], output) for name in self.shapes)
 
+    def _parameter(self, name: str, layout: Layout, output: str) -> Parameter:
+        role, why = self._role(name, layout, output)
+        return Parameter(
+            name=name,
+            kind=layout.kind,
+            role=role,
+            shape=self.shapes[name],
+            doubled=self.doubled[name],
+            in_axes=layout.in_axes,
+            out_axes=layout.out_axes,
+            std=0.0 if name in self.pair.fixed else initial_std(self.pair.base, name),
+            owner=type(_owner(self.pair.base, name)).__name__,
+            why=why,
+            growing_head=self._growing_head(name, layout),
+            tied_head=self.tied[name],
+        )
 
-def _overridden(shapes: Mapping[str, Shape], overrides: Mapping[str, Role]) -> dict[str, Role]:
-    result: dict[str, Role] = {}
-    for pattern, role in overrides.items():
-        matched = [name for name in shapes if fnmatchcase(name, pattern)]
-        if not matched:
-            raise UsageError(
-                f"[roles] pattern {pattern!r} matches no parameter (parameters: {', '.join(shapes)})"
-            )
-        result |= dict.fromkeys(matched, role)
-    return result
+    def _grows(self, name: str) -> set[int]:
+        return growing_axes(self.shapes[name], self.doubled[name])
 
+    def _layout(self, name: str) -> Layout:
+        said, grows, shape = self.said.get(name), self._grows(name), self.shapes[name]
+        if self.tied[name]:
+            return Layout("embedding", (0,), (1,))
+        spelt = {alias: self._own_layout(alias, name) for alias in self.shared[name]}
+        layout = spelt[name] if said and said.role else shared_layout(name, spelt)
+        if said is not None and said.fan_in is not None and said.fan_out is not None:
+            layout = apply_axes(name, shape, layout, said.fan_in, said.fan_out)
+        elif said is not None and said.role and layout.unknown:
+            layout = bare_layout(name, shape, layout, cast(Role, said.role), grows)
+        if grows and layout.unknown:
+            raise undeclared(name, shape, layout)
+        if said and said.role == "vector" and layout.kind in FACTORED:
+            layout = replace(layout, kind="vector")
+        if not (said and said.role) and grows - {*layout.in_axes, *layout.out_axes}:
+            raise undeclared(name, shape, Layout("", unknown=_NEITHER))
+        return layout
 
-def _refuse_tied(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(parameter), name)
-        if first != name:
+    def _own_layout(self, alias: str, name: str) -> Layout:
+        path, _, leaf = alias.rpartition(".")
+        owner = self.pair.base.get_submodule(path)
+        factored = factorable(owner) and (self.trace is None or path in self.trace.called)
+        factored = factored and len(self.shared[name]) == 1  # one owner, one pair of factors
+        return layout_of(owner, leaf, self.pair.doubled.get_submodule(path), factored)
+
+    def _with_biases_of_their_weights(self, layouts: dict[str, Layout]) -> dict[str, Layout]:
+        """Return the layouts; a bias whose weight K-FAC does not train has no solver there either."""
+        result = dict(layouts)
+        for name, layout in layouts.items():
+            weight = name.removesuffix("bias") + "weight"
+            if layout.kind in FACTORED and name.endswith("bias"):
+                trained = weight in layouts and self.pair.base.get_parameter(weight).requires_grad
+                if not trained or layouts[weight].kind not in FACTORED:
+                    result[name] = replace(layout, kind="vector")
+        return result
+
+    def _tied_head(self, name: str) -> str:
+        said = self.said.get(name)
+        functional = functional_head(self.pair.base, name, self.trace)
+        if said is not None and said.role == "tied":
+            return tied_module(self.pair.base, self.shared[name])
+        if functional and not (said and said.role) and self._grows(name):
             raise MismatchError(
-                f"{name} shares its tensor with {first}: one tensor, two roles, and the head would need "
-                "a 1/r_in multiplier; untie them, or build the model with separate tensors"
+                f"{name} is looked up as an embedding and is also the matrix of a head, which needs its "
+                f"logits times 1/r_in. Give the head a module, an nn.Linear that shares {name}, and "
+                'declare it: [roles] "<head>.weight" = "tied"; or multiply the logits by base width / width '
+                f'in the model and add [roles] "{name}" = "input"'
             )
+        return ""
+
+    def _is_readout(self, name: str, layout: Layout) -> bool:
+        if layout.inner or (name in self.said and self.said[name].role):
+            return False
+        grows = self._grows(name)
+        return bool(grows & {*layout.in_axes}) and not grows & {*layout.out_axes}
+
+    def _last(self, readouts: list[str]) -> str:
+        """Return the read-out among the candidates; none where the user has named one or tied the head."""
+        if not readouts or any(s.role == "output" for s in self.said.values()) or any(self.tied.values()):
+            return ""
+        if self.trace is None:
+            return readouts[-1]
+        uses = self.trace.last_use
+        return max(readouts, key=lambda n: (uses.get(n, -1), readouts.index(n)))
+
+    def _role(self, name: str, layout: Layout, output: str) -> tuple[Role, str]:
+        said = self.said.get(name)
+        if self.tied[name]:
+            return "input", f"tied to {self.tied[name]} in [roles]: an input, the head's logits times 1/r_in"
+        if said is not None and said.role is not None:
+            return cast(Role, said.role), "declared in [roles]"
+        if not layout.in_axes:
+            return "vector", "it has no fan-in"
+        grows = self._grows(name)
+        if not grows & {*layout.in_axes}:
+            return "input", "only fan-out grows" if grows else "nothing grows"
+        if grows & {*layout.out_axes}:
+            return "hidden", "fan-in and fan-out grow"
+        order = "order of registration" if self.trace is None else "the traced forward pass"
+        if name == output:
+            return "output", f"fan-in grows, fan-out is fixed, and it is the last such in {order}"
+        last = f"the last such in {order} is {output}" if output else "the read-out is another"
+        last = "it feeds the recurrence" if layout.inner else last
+        return "hidden", f"fan-in grows, fan-out is fixed, but {last}: hidden with r_out = 1"
+
+    def _growing_head(self, name: str, layout: Layout) -> bool:
+        said = self.said.get(name)
+        if said is None or not said.growing_head:
+            return layout.growing_head
+        if not self._grows(name) & {*layout.out_axes}:
+            raise UsageError(f"[roles] says growing_head of {name}, but its fan-out does not grow with width")
+        norm = _query_norm(self.pair.base, name)
+        if norm:
+            raise MismatchError(
+                f"[roles] says growing_head of {name}, but {norm} normalises the queries: no scale of the "
+                "projection reaches the logits; divide them by d_head in the model, or keep the head size "
+                "fixed and grow the number of heads"
+            )
+        return True
 
 
-def _unknown_role(name: str, shape: Shape, reason: str) -> MismatchError:
-    return MismatchError(
-        f"cannot tell the role of {name} {list(shape)}: {reason}; "
-        f'add a line to the config: [roles] "{name}" = "input" | "hidden" | "output" | "vector"'
-    )
+_NEITHER = "an axis that is neither fan-in nor fan-out grows"
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _query_norm(model: nn.Module, name: str) -> str:
+    """Return the name of a normalisation of the queries beside the projection that owns ``name``."""
+    parent = name.rpartition(".")[0].rpartition(".")[0]
+    for child, module in model.get_submodule(parent).named_children():
+        known = isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
+        if known and QUERY_NORM.search(child.lower()):
+            return f"{parent}.{child}" if parent else child
+    return ""
