@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mupx.api import train, transfer, tune, verify
     from mupx.config import Experiment, Hyperparameters
+    from mupx.groups import lr_factor
     from mupx.parametrization import param_groups, parametrize
     from mupx.recipe import Recipe
 
@@ -19,6 +20,7 @@ __all__ = [
     "Experiment",
     "Hyperparameters",
     "Recipe",
+    "lr_factor",
     "param_groups",
     "parametrize",
     "train",
@@ -31,6 +33,7 @@ _HOMES = {
     "Experiment": "mupx.config",
     "Hyperparameters": "mupx.config",
     "Recipe": "mupx.recipe",
+    "lr_factor": "mupx.groups",
     "param_groups": "mupx.parametrization",
     "parametrize": "mupx.parametrization",
     "train": "mupx.api",

@@ -42,7 +42,7 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """
     path = folder / f"step-{checkpoint.step:09d}.safetensors"
     header = {"schema": SCHEMA, "step": checkpoint.step, "values": checkpoint.values}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    tensors = _unshared(checkpoint.tensors)
     write_atomically(path, save(tensors, metadata={"mupx": json.dumps(header)}))
     for old in _files(folder)[:-keep]:
         old.unlink()
@@ -74,6 +74,18 @@ def read(path: Path) -> Checkpoint:
             f"checkpoint {path} has schema {header.get('schema')!r}, this mupx reads {SCHEMA!r}"
         )
     return Checkpoint(int(header["step"]), tensors, header["values"])
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, a copy where two names share memory (tied weights): safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if place in seen and plain.numel() else plain
+        seen.add(place)
+    return result
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,10 @@ groups carry its values. The target keeps the tensor it drew, times one factor; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +19,17 @@ from mupx import config
 from mupx.blame import arguments
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
 from mupx.errors import UsageError, unknown_name
-from mupx.groups import Group, make_groups, refuse_other_shapes, shapes_of
+from mupx.groups import (
+    Group,
+    check_groups,
+    lr_factor,
+    make_groups,
+    plain_names,
+    refuse_other_names,
+    refuse_other_shapes,
+    with_tensor_lr,
+)
+from mupx.heads import scale_tied_head, tied_scale
 from mupx.layers import Layer, Parameter, derive
 from mupx.losses import Loss
 from mupx.optim import OPTIMIZERS
@@ -25,15 +38,28 @@ from mupx.optim.base import Base
 from mupx.own_optimizer import adapted
 from mupx.parts import find_optimizer, own, refuse_unknown, signature, with_rule
 from mupx.plain_loss import PlainLoss, find_loss, no_likelihood
-from mupx.roles import Factory, describe, initial_std
+from mupx.roles import Factory, describe, initial_std, own_std
 from mupx.scaling import find_parametrization
 from mupx.usercode import is_reference
 
+__all__ = [
+    "Group",
+    "build_optimizer",
+    "check_groups",
+    "experiment_from",
+    "initialise",
+    "lr_factor",
+    "make_groups",
+    "param_groups",
+    "parametrize",
+    "resolved",
+]
 STRUCTURE = ("fisher", "refresh", "staleness", "ema", "solver", "blocks", "accumulate")
+DEFAULTED = ("lr", "damping")  # where the caller gives none, the optimizer class has one
 
 
 def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Rescale freshly drawn weights in place to the table's init std; constants stay.
+    """Rescale freshly drawn weights in place to the table's init std; constants stay; scale tied heads.
 
     At base width every factor is exactly 1, so the weights keep every bit.
 
@@ -45,9 +71,15 @@ def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
     at_base = all(layer.r_in == layer.r_out == 1 for layer in layers)
     with torch.no_grad():
         for layer in layers:
+            unchanged = layer.r_in == layer.r_out == 1
             own = layer.base_std if at_base else initial_std(model, layer.name)
+            if unchanged and not at_base:
+                own = own_std(model, layer.name, layer.base_std)
             if own and layer.init_std and layer.init_std != own:
                 model.get_parameter(layer.name).mul_(layer.init_std / own)
+    for layer in layers:
+        if layer.tied_head and layer.logit_scale != 1.0:
+            scale_tied_head(model, layer.tied_head, layer.logit_scale)
 
 
 def build_optimizer(
@@ -113,9 +145,23 @@ def resolved(experiment: Experiment) -> Experiment:
 
 
 def experiment_from(
-    *, width: int, base_width: int, optimizer: str, parametrization: str = "mup", **values: Any
+    *,
+    width: int,
+    base_width: int,
+    optimizer: str,
+    parametrization: str = "mup",
+    roles: Mapping[str, Any] | None = None,
+    **values: Any,
 ) -> Experiment:
     """Build an experiment from keyword arguments: hyperparameters and optimizer settings by name.
+
+    Args:
+        width: Target width.
+        base_width: Width at which the values were tuned.
+        optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
+        parametrization: ``mup``, ``sp`` or ``mup-1.0.0``.
+        roles: Pattern → role or declaration, as ``[roles]`` in a configuration.
+        **values: The rest; without ``lr`` or ``damping`` the optimizer class's own default.
 
     Raises:
         UsageError: An argument is neither; the known ones are listed.
@@ -125,8 +171,9 @@ def experiment_from(
         "scaling.base_width": base_width,
         "scaling.parametrization": parametrization,
         "optimizer.name": optimizer,
+        "roles": dict(roles or {}),
     }
-    for key, value in values.items():
+    for key, value in {**_class_defaults(optimizer), **values}.items():
         if key in Hyperparameters.model_fields:
             changes[f"hyperparameters.{key}"] = float(value)
         elif key in OptimizerConfig.model_fields and key != "name":
@@ -137,6 +184,14 @@ def experiment_from(
     return resolved(config.parse(config.merge({}, changes)))
 
 
+def _class_defaults(optimizer: str) -> dict[str, float]:
+    if optimizer not in OPTIMIZERS:
+        return {}
+    accepted = inspect.signature(OPTIMIZERS.load(optimizer)).parameters
+    found = {key: accepted[key].default for key in DEFAULTED if key in accepted}
+    return {key: value for key, value in found.items() if isinstance(value, float)}
+
+
 def parametrize(
     build: Factory,
     *,
@@ -144,6 +199,7 @@ def parametrize(
     base_width: int,
     optimizer: str,
     example: Tensor | None = None,
+    roles: Mapping[str, Any] | None = None,
     **values: Any,
 ) -> tuple[nn.Module, list[Group]]:
     """Build the model at ``width`` with scaled initial weights, and its parameter groups.
@@ -157,15 +213,15 @@ def parametrize(
         base_width: Width at which the values were tuned.
         optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
         example: A batch of inputs, to find the read-out by a traced forward pass.
-        **values: ``lr``, ``damping``, ``momentum``, ``weight_decay``, ``parametrization``,
-            ``damping_rule``, … as in the configuration.
+        roles: Name pattern → role or declaration, as ``[roles]`` in a configuration.
+        **values: ``lr`` (a tensor gives every group a tensor of its own), ``damping``, ``momentum``,
+            ``weight_decay``, ``parametrization``, ``damping_rule``, … as in the configuration.
     """
-    experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
-    parameters = describe(build, base_width, example=example)
+    experiment, parameters = _described(build, width, base_width, optimizer, example, roles, values)
     model = build(width)
-    layers = derive(parameters, experiment, shapes_of(model))
+    layers = _table(model, parameters, experiment)
     initialise(model, layers)
-    return model, make_groups(model, layers, experiment)
+    return model, with_tensor_lr(make_groups(model, layers, experiment), values.get("lr"))
 
 
 def param_groups(
@@ -176,12 +232,48 @@ def param_groups(
     base_width: int,
     optimizer: str,
     example: Tensor | None = None,
+    roles: Mapping[str, Any] | None = None,
     **values: Any,
 ) -> list[Group]:
     """Return parameter groups for an existing model; its weights are never touched.
 
-    Args: as :func:`parametrize`; ``model`` was built by ``build(width)`` at some time.
+    Args: as :func:`parametrize`; ``model`` was built by ``build(width)`` at some time, and may be wrapped
+    by ``DistributedDataParallel`` or ``torch.compile``. A tied head that :func:`parametrize` has not made
+    is warned about, with the number to multiply its logits by.
     """
-    experiment = experiment_from(width=width, base_width=base_width, optimizer=optimizer, **values)
-    parameters: tuple[Parameter, ...] = describe(build, base_width, example=example)
-    return make_groups(model, derive(parameters, experiment, shapes_of(model)), experiment)
+    experiment, parameters = _described(build, width, base_width, optimizer, example, roles, values)
+    layers = _table(model, parameters, experiment)
+    named = plain_names(model, layers)
+    for layer in layers:
+        if layer.tied_head and not math.isclose(tied_scale(named[layer.name], model), layer.logit_scale):
+            warnings.warn(
+                f"{layer.tied_head} is tied to {layer.name}: multiply its logits by {layer.logit_scale:g} in "
+                "the model (param_groups changes no model; mupx.parametrize builds one that does it)",
+                stacklevel=2,
+            )
+    return with_tensor_lr(make_groups(model, layers, experiment), values.get("lr"))
+
+
+def _described(
+    build: Factory,
+    width: int,
+    base_width: int,
+    optimizer: str,
+    example: Tensor | None,
+    roles: Mapping[str, Any] | None,
+    values: Mapping[str, Any],
+) -> tuple[Experiment, tuple[Parameter, ...]]:
+    experiment = experiment_from(
+        width=width, base_width=base_width, optimizer=optimizer, roles=roles, **values
+    )
+    if width == base_width:
+        warnings.warn(
+            f"width {width} is the base width: every multiplier is 1, nothing is transferred", stacklevel=3
+        )
+    return experiment, describe(build, base_width, overrides=experiment.roles, example=example)
+
+
+def _table(model: nn.Module, parameters: Sequence[Parameter], experiment: Experiment) -> list[Layer]:
+    named = plain_names(model, parameters)
+    refuse_other_names(named, [p.name for p in parameters])
+    return derive(parameters, experiment, {name: tuple(p.shape) for name, p in named.items()})

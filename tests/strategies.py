@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
 from mupx.config import Experiment, parse
 from mupx.layers import Parameter
@@ -68,3 +71,30 @@ def rotation(size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     Q, R = torch.linalg.qr(torch.randn(size, size, dtype=torch.double, generator=generator))
     return Q * R.diagonal().sign()
+
+
+@st.composite
+def layer_stacks(draw: st.DrawFn) -> Callable[[int], nn.Module]:
+    """Draw ``build(width)`` of a stack of layers of many types; it is read, never run."""
+    makers: list[Callable[[int], nn.Module]] = [
+        lambda w: nn.Linear(w, 2 * w),
+        lambda w: nn.Linear(w, 3, bias=False),
+        lambda w: nn.Conv2d(w, w, 3),
+        lambda w: nn.Conv2d(w, 2 * w, 3, groups=4),
+        lambda w: nn.Conv1d(w, w, 5, groups=w),
+        lambda w: nn.ConvTranspose2d(w, 2 * w, 3, groups=2),
+        lambda w: nn.ConvTranspose1d(w, w, 3, groups=w),
+        lambda w: nn.MultiheadAttention(w, w // 4),
+        lambda w: nn.MultiheadAttention(w, 2, kdim=5, vdim=w, add_bias_kv=True),
+        lambda w: nn.LSTM(3, w, num_layers=2, bidirectional=True),
+        lambda w: nn.LSTM(w, 2 * w, proj_size=w),
+        lambda w: nn.GRUCell(w, w),
+        lambda w: nn.Bilinear(w, 3, w),
+        lambda w: nn.PReLU(w),
+        lambda w: nn.Embedding(11, w),
+        lambda w: nn.LayerNorm([3, w]),
+        lambda w: nn.BatchNorm2d(w),
+        lambda w: nn.RMSNorm(w),
+    ]
+    chosen = draw(st.lists(st.sampled_from(makers), min_size=1, max_size=5))
+    return lambda w: nn.Sequential(*(make(w) for make in chosen))
