@@ -8,6 +8,7 @@ and refuses a file whose table and base values disagree by more than rel. 1e-12.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ class Recipe:
             "parameters": [_plain(asdict(parameter)) for parameter in self.parameters],
         }
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as TOML; the old file stays whole until the new one is on disk.
 
         Raises:
@@ -90,15 +91,15 @@ class Recipe:
         """
         import tomli_w
 
-        write_atomically(path, (HEADER + tomli_w.dumps(self.to_dict())).encode())
+        write_atomically(Path(path), (HEADER + tomli_w.dumps(self.to_dict())).encode())
 
 
-def transfer(recipe: Recipe | Path, width: int) -> Recipe:
+def transfer(recipe: Recipe | str | os.PathLike[str], width: int) -> Recipe:
     """Return a recipe, or the recipe in a file, for a model of ``width``; see :meth:`Recipe.transfer`."""
     return (recipe if isinstance(recipe, Recipe) else read(recipe)).transfer(width)
 
 
-def read(path: Path) -> Recipe:
+def read(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe and check its table against its base values.
 
     Raises:
@@ -106,6 +107,7 @@ def read(path: Path) -> Recipe:
         UsageError: The file is not a recipe.
         MismatchError: Newer schema, or a table that does not follow from the base values.
     """
+    path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"no recipe at {path}; `mupx tune` and `mupx transfer -o` write one")
     return from_dict(config.read_toml(path), origin=str(path))
