@@ -14,13 +14,12 @@ from mupx import interop
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import note, number, parameters, print_json, print_table, say
+from mupx.cli._explain import explain as explain_recipe
 from mupx.cli._sources import find_study, is_study
-from mupx.cli.rules import formulas
 from mupx.config import Experiment
 from mupx.errors import NotFoundError, UsageError
 from mupx.layers import Layer
 from mupx.recipe import Recipe
-from mupx.scaling import find_parametrization, find_rule
 
 # Flags that describe a model and its values, for a transfer without a study.
 DESCRIBING: tuple[str, ...] = (
@@ -76,7 +75,8 @@ def command(
         o.flag("--output", "-o", panel=o.WHERE, help="Recipe to write; next to SOURCE when left out."),
     ] = None,
     explain: Annotated[
-        bool, o.flag("--explain", panel=o.WHERE, help="Also print the rules behind the table.")
+        bool,
+        o.flag("--explain", panel=o.WHERE, help="Also say why each role was given, and the rules."),
     ] = False,
     json: o.Json = False,
 ) -> None:
@@ -111,7 +111,7 @@ def command(
         return
     _print_layers(target)
     if explain:
-        _explain(target)
+        explain_recipe(target)
     say(f"recipe  {path}")
     say(f"next    {shlex.join(['mupx', 'train', str(path), *o.allow_flags(target.experiment)])}")
 
@@ -224,27 +224,3 @@ def _tuned(recipe: Recipe) -> dict[str, float]:
 def _text(layer: Layer, name: str) -> str:
     value = getattr(layer, name)
     return "×".join(map(str, value)) if name == "shape" else str(value)
-
-
-def _explain(recipe: Recipe) -> None:
-    experiment = recipe.experiment
-    law = find_parametrization(experiment.scaling.parametrization)
-    main = experiment.optimizer.scaling_rule
-    groups: dict[str, list[str]] = {main.name: []}
-    for layer in recipe.layers:
-        groups.setdefault(layer.optimizer, []).append(layer.name)
-    for name, members in groups.items():
-        rule = main if name == main.name else find_rule(name)
-        damping_rule = experiment.optimizer.damping_rule if rule is main else None
-        say(
-            f"[{name}]"
-            if rule is main
-            else f"[{name}, for what {main.name} does not treat: {', '.join(members)}]"
-        )
-        for line in formulas(rule, law, rule.damping_scale(damping_rule)):
-            say(f"  {line}")
-    train = experiment.train
-    length = f"{train.steps} steps" if train.steps else f"{number(train.epochs)} epochs"
-    say("[does not transfer: keep these as they were tuned]")
-    say(f"  batch size {train.batch_size}, {length}, {train.schedule} schedule, data {experiment.data.name}")
-    say()
