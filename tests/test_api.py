@@ -135,7 +135,7 @@ def test_a_recipe_of_somebody_else_imports_nothing(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=r"give allow_code=\['own.py:build'\]"):
             mupx.train(given, data=DATA)
     assert not usercode.is_loaded("own.py:build")
-    with pytest.raises(MismatchError, match="in the table"):
+    with pytest.raises(MismatchError, match="in comparison with the one described"):
         mupx.train(tmp_path / "r.toml", data=DATA, allow_code=["own.py:build"])
     assert usercode.is_loaded("own.py:build")
 
