@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 Scalar = Tensor | float
 
@@ -77,9 +78,16 @@ def damped_inverse(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tenso
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues ``[..., d]`` (clamped at zero), eigenvectors ``[..., d, d]`` and ok ``[...]``."""
+    """Return eigenvalues ``[..., d]`` (clamped at zero), eigenvectors ``[..., d, d]`` and ok ``[...]``.
+
+    LAPACK gives up on some rank-deficient factors in float32; those are decomposed in float64.
+    """
     ok = usable(factor)
-    values, vectors = torch.linalg.eigh(_replace_unusable(factor, ok))
+    safe = _replace_unusable(factor, ok)
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except LinAlgError:
+        values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(safe.double()))
     return values.clamp_min(0), vectors, ok
 
 
@@ -100,10 +108,18 @@ def largest_eigenvalue(factor: Tensor, tolerance: float = 1e-5, iterations: int 
     unit = safe.abs().amax((-2, -1))
     safe = safe / unit[..., None, None]
     if factor.shape[-1] <= DECOMPOSED:
-        value = torch.linalg.eigvalsh(safe)[..., -1]
+        value = _eigenvalues(safe)[..., -1]
     else:
         value = _subspace_iteration(safe, tolerance, iterations)
     return torch.where(ok, value * unit, torch.zeros_like(value))
+
+
+def _eigenvalues(factor: Tensor) -> Tensor:
+    try:
+        values: Tensor = torch.linalg.eigvalsh(factor)
+    except LinAlgError:  # see `eigh`
+        values = torch.linalg.eigvalsh(factor.double()).to(factor.dtype)
+    return values
 
 
 def _subspace_iteration(factor: Tensor, tolerance: float, iterations: int) -> Tensor:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mupx.linalg import add_ridge, damped_inverse, eigh, inverse_root, trace, usable
+from mupx.linalg import (
+    add_ridge,
+    damped_inverse,
+    eigh,
+    inverse_root,
+    largest_eigenvalue,
+    trace,
+    usable,
+)
 from tests import oracles
 from tests.strategies import seeds
 
@@ -124,3 +132,23 @@ def test_eigenvalues_are_never_negative() -> None:
     assert bool(ok)
     assert float(values.min()) >= 0.0
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(30), atol=1e-5, rtol=0)
+
+
+def test_what_lapack_gives_up_on_in_float32_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    M = factor(6, rank=2, dtype=torch.float32)
+    expected = eigh(M)[0], largest_eigenvalue(M), inverse_root(M, 4.0, 0.1, True)[0]
+
+    def fragile(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def call(matrix: Tensor) -> Any:
+            if matrix.dtype == torch.float32:
+                raise torch.linalg.LinAlgError("the algorithm failed to converge")
+            return function(matrix)
+
+        return call
+
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, fragile(getattr(torch.linalg, name)))
+    for found, wanted in zip(
+        (eigh(M)[0], largest_eigenvalue(M), inverse_root(M, 4.0, 0.1, True)[0]), expected, strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
