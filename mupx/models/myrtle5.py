@@ -10,8 +10,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from mupx.errors import UsageError
-from mupx.models.arguments import activation_of, require_sizes
+from mupx.models.arguments import activation_of, require_image, require_sizes
 
 LEAST_SIDE = 4  # what two 2×2 poolings leave something of
 
@@ -37,7 +36,7 @@ def build(
         UsageError: An argument is out of range, or the input is no image of at least 4×4 pixels.
     """
     require_sizes(width, input_shape, classes)
-    _require_image(input_shape)
+    require_image("myrtle5", input_shape, LEAST_SIDE)
     activate = activation_of(activation)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, channels in enumerate([input_shape[0], width, width, width], start=1):
@@ -49,11 +48,3 @@ def build(
     layers["flatten"] = nn.Flatten()
     layers["output"] = nn.Linear(width, classes, bias=bias)
     return nn.Sequential(layers)
-
-
-def _require_image(input_shape: tuple[int, ...]) -> None:
-    if len(input_shape) != 3 or min(input_shape[1:]) < LEAST_SIDE:
-        raise UsageError(
-            f"input_shape is {tuple(input_shape)}, but myrtle5 takes images [C, H, W] of at least "
-            f"{LEAST_SIDE}×{LEAST_SIDE} pixels; use such a data set, or the model mlp"
-        )
