@@ -41,8 +41,8 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         StorageError: The folder cannot be written or the disk is full; older checkpoints stay.
     """
     path = folder / f"step-{checkpoint.step:09d}.safetensors"
-    header = {"schema": SCHEMA, "step": checkpoint.step, "values": checkpoint.values}
-    tensors = _unshared(checkpoint.tensors)
+    tensors, orders = _packed(checkpoint.tensors)
+    header = {"schema": SCHEMA, "step": checkpoint.step, "values": checkpoint.values, "orders": orders}
     write_atomically(path, save(tensors, metadata={"mupx": json.dumps(header)}))
     for old in _files(folder)[:-keep]:
         old.unlink()
@@ -73,19 +73,8 @@ def read(path: Path) -> Checkpoint:
         raise MismatchError(
             f"checkpoint {path} has schema {header.get('schema')!r}, this mupx reads {SCHEMA!r}"
         )
+    tensors = _unpacked(tensors, header.get("orders", {}))
     return Checkpoint(int(header["step"]), tensors, header["values"])
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors, a copy where two names share memory (tied weights): safetensors refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        result[name] = plain.clone() if place in seen and plain.numel() else plain
-        seen.add(place)
-    return result
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,6 +109,32 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], document: Any) -> Any:
 def rng_state() -> Tensor:
     """Return the state of torch's default CPU generator."""
     return torch.get_rng_state()
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Return contiguous tensors of their own, and the order of axes of those that were not contiguous.
+
+    A Cholesky inverse and eigenvectors come column by column; products with a copy laid out row by row
+    differ in the last bit. What shares memory with a tensor before it, such as a tied read-out, is
+    copied, as safetensors refuses it.
+    """
+    seen: set[int] = set()
+    packed, orders = {}, {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach()
+        strides = plain.stride()
+        order = sorted(range(plain.dim()), key=strides.__getitem__, reverse=True)
+        if not plain.is_contiguous() and plain.permute(order).is_contiguous():
+            plain, orders[name] = plain.permute(order), order
+        plain = plain.contiguous()
+        packed[name] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return packed, orders
+
+
+def _unpacked(tensors: dict[str, Tensor], orders: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    back = {name: [order.index(axis) for axis in range(len(order))] for name, order in orders.items()}
+    return {name: t.permute(back[name]) if name in back else t for name, t in tensors.items()}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,6 +21,32 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in saved.tensors.items())
 
 
+def test_the_layout_in_memory_comes_back_too(tmp_path):
+    """A product rounds differently when its operand is laid out differently."""
+    rows = torch.randn(5, 5)
+    tensors = {
+        "rows": rows,
+        "columns": rows.mT.contiguous().mT,
+        "mixed": torch.randn(2, 3, 4).permute(1, 2, 0),
+        "strided": torch.randn(4, 4)[:, ::2],  # not dense: its values alone come back
+        "scalar": torch.tensor(1.0),
+    }
+    checkpoint.write(tmp_path, Checkpoint(1, tensors, {}))
+    loaded = checkpoint.latest(tmp_path).tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    for name in ("rows", "columns", "mixed"):
+        assert loaded[name].stride() == tensors[name].stride()
+    assert loaded["columns"].stride() != loaded["rows"].stride()
+
+
+def test_tensors_that_share_memory_are_kept_under_both_names(tmp_path):
+    shared = torch.randn(3)
+    checkpoint.write(tmp_path, Checkpoint(1, {"a": shared, "b": shared}, {}))
+    loaded = checkpoint.latest(tmp_path).tensors
+    assert torch.equal(loaded["a"], shared)
+    assert torch.equal(loaded["b"], shared)
+
+
 def test_only_the_newest_are_kept_and_the_latest_is_found(tmp_path):
     for step in (5, 10, 100):
         checkpoint.write(tmp_path, sample(step), keep=2)
