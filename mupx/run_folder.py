@@ -16,7 +16,10 @@ from mupx.files import write_atomically
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss in nats (cross-entropy) and the fraction of right answers."""
+    """Mean loss in nats (cross-entropy) and the fraction of right answers, over the terms that count.
+
+    A term is an example, or a token where every token has a target; real-valued targets have no accuracy.
+    """
 
     loss: float
     accuracy: float | None

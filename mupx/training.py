@@ -20,6 +20,7 @@ from mupx import checkpoint, parts
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
+from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
 from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
@@ -30,7 +31,6 @@ from mupx.plain_loss import find_loss
 from mupx.recipe import Recipe
 from mupx.run_folder import Metrics, Result, RunFolder
 
-EVALUATION_BATCH = 2000
 DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
 TAIL = 0.1  # the training loss is the mean over this last part of the steps
 CHECKPOINTS_PER_RUN = 10
@@ -155,9 +155,6 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         return model, build_optimizer(model, self.layers, self.experiment, self.generator, self.loss)
 
-    def _placed(self, inputs: Tensor) -> Tensor:
-        return inputs.to(self.device, self.dtype) if inputs.is_floating_point() else inputs.to(self.device)
-
     @property
     def factor(self) -> float:
         """The schedule's factor for the coming step."""
@@ -181,6 +178,10 @@ class Run:
             self._epoch = epoch
         chosen = self._order[position * size : (position + 1) * size]
         return self.inputs[chosen], self.targets[chosen]
+
+    def _placed(self, inputs: Tensor) -> Tensor:
+        # Token ids stay whole numbers.
+        return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits times ``output_scale``, in full precision."""
@@ -213,10 +214,12 @@ class Run:
         if self.step <= 1:
             check_groups(self.optimizer, self.layers, self.factor)
         inputs, targets = self.batch()
-        share = 1.0 / config.accumulate
         total = 0.0
         self.optimizer.zero_grad()
         for x, y in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+            share = self._share(y, targets) if config.accumulate > 1 else 1.0
+            if share == 0.0:
+                continue  # the mean over no term is not a number
             with self.optimizer.curvature(y, loss_scale=share):
                 outputs = self.forward(x)
                 self.optimizer.update_curvature(outputs)
@@ -235,21 +238,29 @@ class Run:
         self.step += 1
         return total
 
+    def _share(self, part: Tensor, whole: Tensor) -> float:
+        """Return the part of a batch's terms that one micro-batch holds."""
+        return int(self.loss.normaliser(part)) / max(1, int(self.loss.normaliser(whole)))
+
     @torch.no_grad()
     def evaluate(self, split: Split) -> Metrics:
-        """Return mean loss and accuracy over a split."""
+        """Return mean loss and accuracy over the terms of a split that count."""
         self.model.eval()
-        total, right = 0.0, 0.0
-        for x, y in zip(
-            split.inputs.split(EVALUATION_BATCH), split.targets.split(EVALUATION_BATCH), strict=True
-        ):
+        total, right, terms, labelled = 0.0, 0, 0, True
+        size = examples_at_once(self.model, self.forward, self._placed(split.inputs[:2]))
+        for x, y in zip(split.inputs.split(size), split.targets.split(size), strict=True):
             targets = y.to(self.device)
+            counted = int(self.loss.normaliser(targets))
+            if counted == 0:
+                continue  # the mean over no term is not a number
             outputs = self.forward(self._placed(x))
-            total += self.loss(outputs, targets).item() * len(y)
+            total += self.loss(outputs, targets).item() * counted
             labelled = not targets.is_floating_point() and targets.shape == outputs.shape[:-1]
-            right = right + int((outputs.argmax(-1) == targets).sum()) if labelled else math.nan
-        accuracy = right / split.targets.numel()
-        return Metrics(total / len(split), None if math.isnan(accuracy) else accuracy)
+            if labelled:
+                # An ignored target is no class, so it is never right.
+                right += int((outputs.argmax(-1) == targets).sum())
+            terms += counted
+        return Metrics(total / terms, right / terms if labelled else None)
 
     def diverged(self, loss: float) -> bool:
         """Whether a loss is beyond return."""
