@@ -1,6 +1,6 @@
-"""What a loader returns, and the three steps every image loader shares.
+"""What a loader returns, and the three steps every image loader shares (text: `mupx.datasets.text`).
 
-A loader reads ``Raw`` uint8 images, carves a validation split out of the official training set
+An image loader reads ``Raw`` uint8 images, carves a validation split out of the official training set
 with `carve`, and hands the three splits to `assemble`, which normalises and fingerprints them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from mupx.errors import MismatchError
 
 Bytes = NDArray[np.uint8]
+Labels = NDArray[np.integer[Any]]
 Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Examples and their classes.
+    """Examples and what is to be predicted of them.
 
     Args:
-        inputs: float32, ``[N, C, H, W]``, normalised.
-        targets: int64, ``[N]``.
+        inputs: Real-valued features ``[N, …]``, float32 (images ``[N, C, H, W]``, normalised), or int64
+            token ids ``[N, T]``.
+        targets: int64 classes, ``[N]``, or ``[N, T]`` where every token has one; −100 is ignored.
     """
 
     inputs: torch.Tensor
@@ -49,8 +51,10 @@ class Dataset:
     """Three disjoint splits; the search reads train and validation, never test.
 
     Args:
-        checksum: sha256 hex over pixels and labels before normalisation, in the order train,
-            validation, test, so it names the exact data and cut, not the file they came in.
+        classes: Number of classes; of text, the size of the vocabulary.
+        checksum: sha256 hex over pixels and labels before normalisation, or over token ids and
+            targets, in the order train, validation, test, so it names the exact data and cut, not the
+            file they came in.
     """
 
     name: str
@@ -62,22 +66,22 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without the batch dimension."""
+        """Shape of one input, without the batch dimension: ``[C, H, W]``, or ``[T]`` of a token sequence."""
         return tuple(self.train.inputs.shape[1:])
 
 
 class Raw(NamedTuple):
-    """Images ``[N, C, H, W]`` and labels ``[N]`` as they lie in the file, uint8."""
+    """Images ``[N, C, H, W]``, uint8, and labels ``[N]``, whole numbers, as they lie in the file."""
 
     images: Bytes
-    labels: Bytes
+    labels: Labels
 
     def take(self, indices: Indices) -> Raw:
         """Return the examples at ``indices``, in that order."""
         return Raw(self.images[indices], self.labels[indices])
 
 
-def carve(labels: Bytes, per_class: int, seed: int) -> tuple[Indices, Indices]:
+def carve(labels: Labels, per_class: int, seed: int) -> tuple[Indices, Indices]:
     """Choose ``per_class`` examples of every class at random.
 
     Returns:

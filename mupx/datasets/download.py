@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from mupx.datasets.files import digest
 from mupx.errors import MismatchError, NotFoundError
 from mupx.files import write_atomically
 
@@ -26,7 +26,7 @@ def fetch(files: Mapping[str, str], base_url: str, folder: Path) -> None:
     """Fetch the files that ``folder`` lacks.
 
     Args:
-        files: File name → md5 of the file as served.
+        files: File name → checksum of the file as served, see `mupx.datasets.files.digest`.
         base_url: What precedes each file name, with its final slash.
         folder: Where they go; created if need be.
 
@@ -35,11 +35,11 @@ def fetch(files: Mapping[str, str], base_url: str, folder: Path) -> None:
         MismatchError: A checksum is wrong; no file of that name is left behind.
         StorageError: The folder could not be written.
     """
-    wanted = {name: md5 for name, md5 in files.items() if not os.path.isfile(folder / name)}
+    wanted = {name: checksum for name, checksum in files.items() if not os.path.isfile(folder / name)}
     with _progress() as progress:
-        for name, md5 in wanted.items():
+        for name, checksum in wanted.items():
             try:
-                _fetch(base_url + name, folder / name, md5, progress)
+                _fetch(base_url + name, folder / name, checksum, progress)
             except (OSError, HTTPException) as error:
                 raise NotFoundError(
                     f"cannot download {base_url}{name} ({_reason(error)}); "
@@ -47,12 +47,12 @@ def fetch(files: Mapping[str, str], base_url: str, folder: Path) -> None:
                 ) from error
 
 
-def _fetch(url: str, target: Path, md5: str, progress: Progress) -> None:
+def _fetch(url: str, target: Path, checksum: str, progress: Progress) -> None:
     content = b"".join(_chunks(url, progress, target.name))  # 170 MB at most, and about to be read anyway
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
+    kind, found = digest(content, checksum)
+    if found != checksum:
         raise MismatchError(
-            f"{target.name} from {url} has md5 {found}, expected {md5}; it was not kept: "
+            f"{target.name} from {url} has {kind} {found}, expected {checksum}; it was not kept: "
             f"try again, or put the official file into {target.parent}"
         )
     write_atomically(target, content)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mupx.errors import MismatchError, NotFoundError, StorageError
 
@@ -53,6 +55,32 @@ def locate(name: str, directory: Path | None, missing: Callable[[Path], list[str
             "or name no folder to have them looked up and downloaded"
         )
     return folder
+
+
+def find_text(folder: Path, names: Iterable[str]) -> Path | None:
+    """Return the first of ``names`` in ``folder``, as it is or packed by xz or gzip, or ``None``."""
+    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".xz", ".gz"))
+    return next((path for path in candidates if os.path.isfile(path)), None)
+
+
+def read_unpacked(path: Path, most: int) -> bytes:
+    """Read a file that may be packed by xz or gzip, up to ``most`` bytes.
+
+    Raises:
+        MismatchError: It is damaged, truncated or larger.
+    """
+    content = read(path)
+    if path.suffix in (".xz", ".gz"):
+        stream: Any = lzma.LZMADecompressor() if path.suffix == ".xz" else zlib.decompressobj(GZIP)
+        try:
+            content = stream.decompress(content, most + 1)
+        except (lzma.LZMAError, zlib.error, EOFError) as error:
+            raise MismatchError(f"{path} is damaged ({error}); {REPLACE}") from error
+        if len(content) <= most and not stream.eof:
+            raise MismatchError(f"{path} is truncated; {REPLACE}")
+    if len(content) > most:
+        raise MismatchError(f"{path} unpacks to more than {most:,} bytes; {REPLACE}")
+    return content
 
 
 def find_packed(folder: Path, packed: str) -> Path | None:
@@ -109,8 +137,24 @@ def require_size(path: Path, found: int, expected: int) -> None:
         raise MismatchError(f"{path} holds {many}{found:,} bytes, expected {expected:,}; {REPLACE}")
 
 
-def require_md5(path: Path, data: bytes, expected: str, what: str = "md5") -> None:
-    """Raise a MismatchError unless ``data`` has the published md5."""
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+def digest(data: bytes, like: str) -> tuple[str, str]:
+    """Return the kind of the hexadecimal checksum ``like``, told by its length, and that of ``data``.
+
+    32 digits are an md5, 40 the sha1 of a git blob (what GitHub publishes of a file), 64 a sha256.
+
+    >>> digest(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+    ('git sha1', 'e69de29bb2d1d6434b8b29ae775ad8c2e48c5391')
+    """
+    if len(like) == 32:
+        return "md5", hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if len(like) == 40:
+        blob = b"blob %d\0" % len(data) + data
+        return "git sha1", hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    return "sha256", hashlib.sha256(data).hexdigest()
+
+
+def require_checksum(path: Path, data: bytes, expected: str, note: str = "") -> None:
+    """Raise a MismatchError unless ``data`` has the published checksum, see `digest`."""
+    kind, found = digest(data, expected)
     if found != expected:
-        raise MismatchError(f"{path} has {what} {found}, expected {expected}; {REPLACE}")
+        raise MismatchError(f"{path} has {kind}{note} {found}, expected {expected}; {REPLACE}")

@@ -25,7 +25,7 @@ from mupx.datasets.files import (
     find_packed,
     locate,
     read,
-    require_md5,
+    require_checksum,
     require_size,
     unpack,
 )
@@ -127,11 +127,11 @@ def _read_array(folder: Path, file: IdxFile, shape: tuple[int, ...]) -> Bytes:
     if path.suffix == ".gz":
         packed, payload = payload, unpack(path, payload, size)
         if file.payload_md5 is None:
-            require_md5(path, packed, file.md5)
+            require_checksum(path, packed, file.md5)
     require_size(path, len(payload), size)
     if file.payload_md5 is not None:
         # Anyone may have packed the file again; what is inside is what must agree.
-        require_md5(path, payload, file.payload_md5, "md5 (unpacked)")
+        require_checksum(path, payload, file.payload_md5, " (unpacked)")
     array = parse_idx(payload, path)
     if array.shape != shape:
         raise MismatchError(f"{path} has the shape {array.shape}, expected {shape}; {REPLACE}")

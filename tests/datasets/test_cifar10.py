@@ -3,19 +3,23 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mupx.datasets import cifar10
-from mupx.datasets.cifar10 import ARCHIVE, FILES, INNER, RECORD, load, parse_batch, read_archive
+from mupx.datasets.cifar import parse_batch, read_archive
+from mupx.datasets.cifar10 import SOURCE, load
 from mupx.errors import MismatchError, NotFoundError
 
 from .toys import REAL_DATA, FileServer, md5
 
 REAL = REAL_DATA / "cifar10" / "cifar10_first4000.bin.xz"
 COUNT = 60  # records in each toy batch
+FILES, ARCHIVE, INNER, RECORD = list(SOURCE.files), SOURCE.archive, SOURCE.inner, SOURCE.record
+TOY = replace(SOURCE, files=dict.fromkeys(FILES, COUNT))
 
 
 def toy_batch(seed: int, count: int = COUNT) -> bytes:
@@ -58,7 +62,7 @@ def test_loads_a_folder_of_batches(batches: dict[str, bytes], tmp_path: Path, in
 
 def test_planes_are_red_green_blue() -> None:
     record = bytes([3]) + bytes([10]) * 1024 + bytes([20]) * 1024 + bytes(range(256)) * 4
-    raw = parse_batch(record, Path("x"))
+    raw = parse_batch(SOURCE, record, Path("x"))
     assert raw.labels.tolist() == [3]
     assert raw.images[0, :, 1, 5].tolist() == [10, 20, 32 + 5]
 
@@ -84,9 +88,7 @@ def test_label_out_of_range(batches: dict[str, bytes], tmp_path: Path) -> None:
 
 def test_archive_of_another_checksum_is_not_opened(tmp_path: Path) -> None:
     content = toy_archive({})
-    with pytest.raises(
-        MismatchError, match=f"{ARCHIVE} has md5 {md5(content)}, expected {cifar10.ARCHIVE_MD5}"
-    ):
+    with pytest.raises(MismatchError, match=f"{ARCHIVE} has md5 {md5(content)}, expected {SOURCE.md5}"):
         load(write(tmp_path / "x", {ARCHIVE: content}))
 
 
@@ -96,28 +98,24 @@ def test_downloads_and_reads_the_archive(
     members = {f"{INNER}/{name}": content for name, content in batches.items()}
     content = toy_archive({**members, "../outside": b"x", f"{INNER}/readme.html": b"x"})
     server.content = {ARCHIVE: content}
-    monkeypatch.setattr(cifar10, "BASE_URL", server.base_url)
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(content))
-    monkeypatch.setattr(cifar10, "BATCH", COUNT)
+    monkeypatch.setattr(cifar10, "SOURCE", replace(TOY, base_url=server.base_url, md5=md5(content)))
     assert [load().checksum for _ in range(2)] == [load(write(places["data"] / "y", batches)).checksum] * 2
     assert server.requests == [ARCHIVE]
     assert [path.name for path in (places["cache"] / "cifar10").iterdir()] == [ARCHIVE]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1000])
-def test_truncated_archive(batches: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
-    monkeypatch.setattr(cifar10, "BATCH", COUNT)
+def test_truncated_archive(batches: dict[str, bytes], keep: int) -> None:
     content = toy_archive({f"{INNER}/{name}": content for name, content in batches.items()})
     with pytest.raises(MismatchError, match=r"x\.tar\.gz is damaged or truncated"):
-        read_archive(content[:keep], Path("x.tar.gz"))
+        read_archive(TOY, content[:keep], Path("x.tar.gz"))
 
 
-def test_archive_without_a_batch_or_with_one_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "BATCH", COUNT)
+def test_archive_without_a_batch_or_with_one_of_another_size() -> None:
     with pytest.raises(MismatchError, match=f"lacks {INNER}/{FILES[0]}"):
-        read_archive(toy_archive({FILES[0]: toy_batch(0)}), Path("x.tar.gz"))
+        read_archive(TOY, toy_archive({FILES[0]: toy_batch(0)}), Path("x.tar.gz"))
     with pytest.raises(MismatchError, match="of 3,073 bytes, expected a file of 184,380"):
-        read_archive(toy_archive({f"{INNER}/{FILES[0]}": toy_batch(0, 1)}), Path("x.tar.gz"))
+        read_archive(TOY, toy_archive({f"{INNER}/{FILES[0]}": toy_batch(0, 1)}), Path("x.tar.gz"))
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"no real CIFAR-10 images at {REAL}; set MUPX_DATA_DIR")
@@ -131,4 +129,4 @@ def test_real_images(tmp_path: Path) -> None:
     for neighbour in (inputs.roll(1, dims=2), inputs.roll(1, dims=3)):
         assert (inputs * neighbour).mean() > 0.85
     # The published first labels of data_batch_1: frog, truck, truck, deer, automobile.
-    assert parse_batch(content, Path("x")).labels[:5].tolist() == [6, 9, 9, 4, 1]
+    assert parse_batch(SOURCE, content, Path("x")).labels[:5].tolist() == [6, 9, 9, 4, 1]

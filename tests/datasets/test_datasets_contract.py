@@ -29,7 +29,7 @@ def folder(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with toy files of every format, which the loaders take for the official ones."""
     for module in (fashion_mnist, fashion_mnist_14_full, mnist):
         monkeypatch.setattr(module, "SOURCE", replace(toy.source(), name=module.SOURCE.name))
-    for seed, file in enumerate(cifar10.FILES):
+    for seed, file in enumerate(cifar10.SOURCE.files):
         (tmp_path / file).write_bytes(toy_batch(seed))
     return toy.write(tmp_path)
 
