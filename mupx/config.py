@@ -65,7 +65,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which data set, and the folder that holds it (None: the usual places, then a download).
 
-    ``args`` are further arguments of a loader of your own.
+    ``args`` are further arguments of the loader, such as a context length.
     """
 
     name: str = "fashion-mnist-14"

@@ -44,8 +44,9 @@ def load_data(experiment: Experiment) -> Dataset:
     if is_reference(name):
         data = dataset_from(name, _own_data(name, folder, args))
     else:
-        refuse_unknown(f"data set {name}", args, {})
-        data = DATASETS.load(name)(folder)
+        loader = DATASETS.load(name)
+        refuse_unknown(f"data set {name}", args, signature(loader), offered=("directory",))
+        data = loader(folder, **args)
     require_targets(data, experiment.train.loss)
     return data
 

@@ -66,7 +66,7 @@ MEANINGS: Mapping[str, str] = {
     "model.args": "Further arguments of the factory.",
     "data.name": "Your own, as file.py:function, or a built-in data set.",
     "data.dir": "Folder that holds the data set's files.",
-    "data.args": "Further arguments of a loader of your own.",
+    "data.args": "Further arguments of the loader.",
     "optimizer.rule": "Width rule of an optimizer of your own: one of mupx rules.",
     "optimizer.args": "Further arguments of an optimizer of your own.",
     "optimizer.name": "The optimizer; its width rule: mupx rules NAME.",

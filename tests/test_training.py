@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import signal
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from mupx import checkpoint, config, training
+from mupx import checkpoint, config, parts, training
 from mupx.errors import MismatchError, UsageError
 from mupx.training import schedule_factor, total_steps, train
 
@@ -104,7 +106,7 @@ def test_a_run_continued_from_a_checkpoint_equals_an_undisturbed_one(tmp_path, d
 def test_a_process_killed_with_signal_9_continues_to_the_same_numbers(tmp_path, data):
     script = f"""
 import os, signal
-from mupx import checkpoint, config, training
+from mupx import checkpoint, config, parts, training
 chosen = config.parse(config.merge({{}}, {SMALL!r})).updated({{"train.checkpoint_every": 4}})
 def kill(step, steps, loss):
     if step == 7:
@@ -277,3 +279,18 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, data):
     blocked.write_text("not a folder")
     with pytest.raises(StorageError, match="cannot write"):
         train(experiment(), data=data, run_dir=Path(blocked) / "run")
+
+
+def test_data_arguments_reach_the_loader(tmp_path: Path) -> None:
+    for split, label, i in itertools.product(("train", "val"), ("dark", "light"), range(20)):
+        path = tmp_path / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (200 if label == "light" else 30, i, i)).save(path)
+    folder = {"data.name": "image-folder", "data.dir": str(tmp_path)}
+    for size in (8, 12):
+        data = parts.load_data(config.parse(config.merge({}, {**folder, "data.args.size": size})))
+        assert data.input_shape == (3, size, size)
+    for name, taken in (("image-folder", "memory_gib, per_class, size, threads"), ("synthetic", "none")):
+        wrong = config.parse(config.merge({}, {**folder, "data.name": name, "data.args.siz": 8}))
+        with pytest.raises(UsageError, match=rf"takes no argument 'siz' \(it takes: {taken}\)"):
+            parts.load_data(wrong)
