@@ -300,7 +300,7 @@ def _late(session: Session, report: Report, quick: bool) -> None:
         for seed in session.seeds:
 
             def make(width: int = width, seed: int = seed) -> Any:
-                return late.read(session.run(own, width, seed, train__steps=steps))
+                return late.read(session.run(own, width, seed, train__steps=steps), session.parameters)
 
             cell = {"kind": "late", "width": width, "seed": seed, "steps": steps}
             try:
