@@ -28,6 +28,10 @@ from mupx.checks import curvature_orders
 from mupx.layers import Layer
 from mupx.training import Run
 
+# Below this many machine precisions of its layer's movement a contribution is rounding: the bias of an
+# attention's keys, or one before a normalisation, has a zero gradient in exact arithmetic.
+ROUNDING = 100.0
+
 
 @dataclass
 class Moved:
@@ -35,7 +39,7 @@ class Moved:
 
     Attributes:
         layers: Module → mean |Δh|.
-        own: Parameter → mean |own contribution|.
+        own: Parameter → mean |own contribution|; 0 where it is rounding.
         curvature: Parameter → symbol → (size, ridge, trace).
     """
 
@@ -133,12 +137,13 @@ def _moved(
     run: Run, inputs: Tensor, calls: Mapping[str, Call], before: Mapping[str, Tensor], modules: dict[str, str]
 ) -> Moved:
     after, now = _tensors(run.model), _calls(run, inputs, set(calls))
-    own = {
-        name: _distance(calls[module], before, name, before[name], after[name])
-        for name, module in modules.items()
-        if module in calls
-    }
     layers = {m: float((now[m].output - call.output).abs().mean()) for m, call in calls.items() if m in now}
+    floor = ROUNDING * torch.finfo(run.dtype).eps
+    own = {}
+    for name, module in modules.items():
+        if module in calls:
+            moved = _distance(calls[module], before, name, before[name], after[name])
+            own[name] = moved if moved > floor * layers.get(module, 0.0) else 0.0
     return Moved(layers, own, curvature_orders.read(run.optimizer))
 
 
