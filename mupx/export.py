@@ -222,6 +222,8 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
     return Form(
         params="[(name, parameter)]",
         group=[
+            '''"name": f"{name} ({row['role']}, r_in {row['r_in']:g}, r_out {row['r_out']:g})"''',
+            '"table_lr": row["lr"]',
             '**{key: value for key, value in row.items() if key not in ("shape", "init_std")}',
             f'"betas": {tuple(chosen.betas)!r}',
             f'"momentum": {experiment.hyperparameters.momentum!r}',

@@ -22,6 +22,7 @@ from mupx.layers import Parameter
 from mupx.models import MODELS
 from mupx.roles import Factory
 from mupx.roles import describe as describe_parameters
+from mupx.roles.tracing import ModelFailedError
 from mupx.usercode import is_reference, load, load_callable
 
 Signature = Mapping[str, inspect.Parameter]
@@ -114,7 +115,12 @@ def describe(experiment: Experiment, data: Dataset) -> tuple[Parameter, ...]:
         experiment.model.name,
         f"built at widths {base} and {2 * base} and run on inputs of shape {list(example.shape)}",
     ):
-        return describe_parameters(build, base, overrides=experiment.roles, example=example)
+        try:
+            return describe_parameters(build, base, overrides=experiment.roles, example=example)
+        except ModelFailedError as error:
+            if error.__cause__ is None or not is_reference(experiment.model.name):
+                raise
+            raise error.__cause__ from None  # the user's own exception says more than our sentence
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:

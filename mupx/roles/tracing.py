@@ -18,6 +18,10 @@ MODES = (True, False)  # training first: that is what the optimizer sees
 SEED = 0
 
 
+class ModelFailedError(UsageError):
+    """A model that runs on the example in neither mode; the exception it raised is the cause."""
+
+
 @dataclass
 class Trace:
     """What one or two forward passes did.
@@ -40,7 +44,7 @@ def trace_forward(model: nn.Module, example: Tensor) -> Trace:
     either counts as called (layers dropped at random, fused evaluation paths).
 
     Raises:
-        UsageError: The model runs in neither mode.
+        ModelFailedError: The model runs in neither mode.
     """
     trace, first_error = Trace(), None
     for training in MODES:
@@ -59,7 +63,7 @@ def trace_forward(model: nn.Module, example: Tensor) -> Trace:
             trace.last_use = uses.last_use
     model.train()
     if not trace.called:
-        raise UsageError(
+        raise ModelFailedError(
             f"the model does not run on an input of shape {tuple(example.shape)}, in training or in "
             f"evaluation mode: {type(first_error).__name__}: {first_error}"
         ) from first_error

@@ -37,7 +37,7 @@ class FoldedKFAC(KFAC):
     """K-FAC with the bias folded into A as a homogeneous coordinate."""
 
     def __init__(self, params: Any, model: nn.Module, *args: Any, **more: Any) -> None:
-        super().__init__(params, model, *args, **more)
+        super().__init__(params, model, *args, **{**more, "solver": "dense"})  # reads its inverse below
         self._means: dict[int, Tensor] = {}
         for layer in self._layers.values():
             layer.register_forward_pre_hook(self._keep_mean)
