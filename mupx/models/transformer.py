@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
     Args:
         width: Channels.
         heads: How they are divided.
-        bias: Whether the four projections have biases.
+        bias: Whether the projections have biases; that of the keys only where it has an effect.
         causal: Whether a position sees only itself and what precedes it.
         qk_norm: Normalise queries and keys per head (RMS).
         rotary_context: Longest sequence under rotary positions; None for none.
@@ -126,7 +126,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.causal, self.fused = heads, causal, fused
         self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, width, bias=bias)
+        # A bias of all keys alike adds one number to all logits of a query, which softmax ignores; its
+        # gradient would be rounding. Rotation and normalisation make it matter.
+        felt = rotary_context is not None or qk_norm
+        self.key = nn.Linear(width, width, bias=bias and felt)
         self.value = nn.Linear(width, width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
         self.query_norm = nn.RMSNorm(heads.size) if qk_norm else nn.Identity()
