@@ -1,0 +1,158 @@
+"""Does every model family of the zoo pass the coordinate check with every optimizer?
+
+    python benchmarks/zoo_verdicts.py             # measure what is missing, then print the table
+    python benchmarks/zoo_verdicts.py --table     # print the committed results
+    python benchmarks/zoo_verdicts.py --smoke     # one family, two optimizers, no CSV
+
+Slopes only (coordinate check after 1 and 10 steps, curvature orders, lint), 8× in width from the base width
+named below, seeds 0 and 1, batch 32, constant lr, one thread. Images: the embedded Fashion-MNIST, 14×14
+(repeated to 28×28 and padded to 32×32 for VGG-19). Tokens: 32 kinds, drawn from a random bigram table. One
+lr and damping per optimizer, untuned. *worst*: the exponent farthest from its order among the failed rows,
+or else among all that are judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sweeps import set_threads
+
+from mupx import config, parts
+from mupx.checks.result import Report
+from mupx.checks.runner import verify
+from mupx.datasets.base import Dataset, Split
+
+RESULTS = Path(__file__).parent / "results" / "zoo-verdicts.csv"
+# Family → base width, the factory's arguments, the kind of data.
+FAMILIES: dict[str, tuple[int, dict[str, object], str]] = {
+    "mlp": (64, {}, "images"),
+    "cbow": (32, {}, "context"),
+    "gpt": (64, {}, "text"),
+    "vit": (64, {"patch": 7}, "images"),
+    "myrtle5": (32, {}, "images"),
+    "resnet": (16, {"depth": 18}, "images"),
+    "vgg19": (16, {}, "large images"),
+}
+# Optimizer → log-free base values.
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.05},
+    "adamw": {"lr": 0.002},
+    "kfac": {"lr": 0.02, "damping": 0.05},
+    "shampoo": {"lr": 0.02, "damping": 0.01},
+}
+TOKENS, CONTEXT, EXAMPLES = 32, 16, 1024
+
+
+def images(large: bool) -> Dataset:
+    found = parts.load_data(config.parse({"data": {"name": "fashion-mnist-14"}}))
+    if not large:
+        return found
+
+    def enlarged(split: Split) -> Split:
+        cut = split.inputs[:EXAMPLES]
+        return Split(
+            F.pad(cut.repeat_interleave(2, 2).repeat_interleave(2, 3), (2, 2, 2, 2)), split.targets[:EXAMPLES]
+        )
+
+    splits = (enlarged(split) for split in (found.train, found.validation, found.test))
+    return Dataset("fashion-mnist-32", *splits, found.classes, found.checksum)
+
+
+def text(context: bool) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(TOKENS, TOKENS, generator=generator).mul(2).softmax(-1)
+    rows = torch.randint(0, TOKENS, (EXAMPLES, 1), generator=generator)
+    for _ in range(CONTEXT):
+        rows = torch.cat([rows, torch.multinomial(table[rows[:, -1]], 1, generator=generator)], 1)
+    middle = CONTEXT // 2
+    around = torch.cat([rows[:, :middle], rows[:, middle + 1 :]], 1)
+    split = Split(around, rows[:, middle]) if context else Split(rows[:, :-1], rows[:, 1:])
+    return Dataset("bigrams", split, split, split, TOKENS, f"bigrams-{context}")
+
+
+def load(kind: str) -> Dataset:
+    return text(kind == "context") if kind in ("text", "context") else images(kind == "large images")
+
+
+def measure(family: str, optimizer: str, widths: tuple[int, ...] | None = None) -> dict[str, object]:
+    base, args, kind = FAMILIES[family]
+    experiment = config.parse(
+        {
+            "model": {"name": family, "args": args},
+            "optimizer": {"name": optimizer},
+            "hyperparameters": OPTIMIZERS[optimizer],
+            "train": {"batch_size": 32, "schedule": "constant", "threads": 1},
+            "scaling": {"base_width": base, "width": base},
+        }
+    )
+    started = time.process_time()
+    widths = widths or (base, 2 * base, 4 * base, 8 * base)
+    report = verify(experiment, data=load(kind), widths=widths, sweeps=False)
+    return {
+        "family": family,
+        "optimizer": optimizer,
+        "widths": f"{widths[0]} … {widths[-1]}",
+        "verdict": report.verdict,
+        "worst": worst(report),
+        "cpu_seconds": f"{time.process_time() - started:.0f}",
+    }
+
+
+def worst(report: Report) -> str:
+    judged = [row for row in report.rows if row.off is not None and row.quantity not in ("size", "ridge")]
+    failed = [row for row in judged if row.status == "fail"]
+    if not judged:
+        return "; ".join(report.causes)
+    row = max(failed or judged, key=lambda row: abs(row.off or 0.0))
+    return f"{row.off:+.2f} {row.quantity} of {row.name}"
+
+
+def show(rows: list[dict[str, object]]) -> str:
+    found = {(row["family"], row["optimizer"]): f"{row['verdict']} ({row['worst']})" for row in rows}
+    lines = ["| family | widths | " + " | ".join(OPTIMIZERS) + " |", "| --- " * (len(OPTIMIZERS) + 2) + "|"]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        widths = next(row["widths"] for row in rows if row["family"] == family)
+        cells = [found.get((family, optimizer), "–") for optimizer in OPTIMIZERS]
+        lines.append(f"| {family} | {widths} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        print(set_threads(1))
+        print(show([measure("gpt", optimizer, (16, 32)) for optimizer in ("sgd", "kfac")]))
+        return
+    rows: list[dict[str, object]] = []
+    if arguments.csv.exists():
+        with arguments.csv.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    if not arguments.table:
+        print(set_threads(1))
+        done = {(row["family"], row["optimizer"]) for row in rows}
+        for family in arguments.families:
+            for optimizer in arguments.optimizers:
+                if (family, optimizer) in done:
+                    continue
+                rows.append(measure(family, optimizer))
+                print(rows[-1], flush=True)
+                with arguments.csv.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
