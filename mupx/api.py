@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SECTIONS = ("hyperparameters", "train", "optimizer", "scaling", "search")
 ARGUMENTS = {"model_args": "model.args", "data_args": "data.args", "optimizer_args": "optimizer.args"}
 NAMED = {"optimizer": "optimizer.name", "loss": "train.loss"}
+DEPTHS = {"depth": "depth.depth", "base_depth": "depth.base"}
 Model = Experiment | Callable[..., Any] | str
 Values = Mapping[str, Any]
 
@@ -90,26 +91,55 @@ def tune(
 
 
 def transfer(
-    what: Recipe | Path | SearchResult | Model, width: int, *, data: Any = None, **settings: Any
+    what: Recipe | Path | SearchResult | Model,
+    width: int | None = None,
+    *,
+    depth: int | None = None,
+    data: Any = None,
+    allow_code: Sequence[str] = (),
+    **settings: Any,
 ) -> Recipe:
-    """Return the same hyperparameters for a model of ``width``.
+    """Return the same hyperparameters for a model of ``width`` and ``depth``.
 
     Args:
         what: A recipe, its file or the result of :func:`tune`; or a model, with the tuned values as keywords.
-        width: Target width.
-        data: With a model: as for :func:`tune`.
-        **settings: With a model: ``base_width``, ``optimizer``, ``lr``, … where they were tuned.
+        width: Target width; that of the recipe when left out.
+        depth: Target depth, in residual blocks; to see what it repeats, the model is built.
+        data: As for :func:`tune`; with a model or a depth, whose inputs must be known.
+        allow_code: References that a recipe names and that may be imported, for a depth.
+        **settings: With a model: ``base_width``, ``base_depth``, ``optimizer``, ``lr``, … where they were
+            tuned.
+
+    Raises:
+        UsageError: Neither width nor depth is given, or one is no positive whole number.
+        MismatchError: The model has no whole shape at that width, or its depth does not transfer.
     """
+    if width is None and depth is None:
+        raise UsageError("give the target's width, its depth, or both: mupx.transfer(recipe, width=1024)")
     found = getattr(what, "recipe", what)
-    if isinstance(found, (Recipe, Path)):
-        return recipes.transfer(found, width)
+    if not isinstance(found, (Recipe, Path)):
+        recipe = _described(what, depth, data, settings)  # type: ignore[arg-type]
+    elif depth is None:
+        recipe = found if isinstance(found, Recipe) else recipes.read(found)
+    else:
+        from mupx import parts
+
+        recipe, experiment = _allowed(found, allow_code)
+        experiment, loaded = _understood(experiment, data, {})
+        recipe = parts.at_depth(recipe, depth, parts.load_data(experiment) if loaded is None else loaded)
+    return recipe if width is None else recipe.transfer(width)
+
+
+def _described(what: Model, depth: int | None, data: Any, settings: Values) -> Recipe:
+    """Return the recipe of a model at its base width with the values given."""
     from mupx import parts
     from mupx.parametrization import resolved
 
-    experiment, loaded = _understood(what, data, settings)  # type: ignore[arg-type]
+    experiment, loaded = _understood(what, data, settings)
     experiment = resolved(experiment)
-    parameters = parts.describe(experiment, parts.load_data(experiment) if loaded is None else loaded)
-    return Recipe(experiment, parameters, {"origin": "values given in Python"}).transfer(width)
+    loaded = parts.load_data(experiment) if loaded is None else loaded
+    recipe = Recipe(experiment, parts.describe(experiment, loaded), {"origin": "values given in Python"})
+    return recipe if depth is None else parts.at_depth(recipe, depth, loaded)
 
 
 def train(
@@ -240,11 +270,21 @@ def _setting(name: str, value: Any) -> dict[str, Any]:
         return {"train.seed": value, "search.seed": value}
     if name == "roles":
         return {"roles": dict(value)}
+    if name in DEPTHS:
+        return {DEPTHS[name]: value}
     if "__" in name:
         return {name.replace("__", "."): value}
     places = [section for section in SECTIONS if name in _fields(section)]
     if not places:
-        known = [*NAMED, *ARGUMENTS, "space", "seed", "roles", *(f for s in SECTIONS for f in _fields(s))]
+        known = [
+            *NAMED,
+            *ARGUMENTS,
+            *DEPTHS,
+            "space",
+            "seed",
+            "roles",
+            *(f for s in SECTIONS for f in _fields(s)),
+        ]
         raise unknown_name("setting", name, set(known))
     if len(places) > 1:
         raise UsageError(f"{name} is a key of {' and '.join(places)}; say {places[0]}__{name}")

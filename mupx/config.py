@@ -235,6 +235,25 @@ class ScalingConfig(_Section):
     width: PositiveInt = 64
 
 
+class DepthConfig(_Section):
+    """Depth, for models with residual branches; left out, depth stays as it was tuned.
+
+    Branches are multiplied by ``base / depth``, and what is inside them follows the depth rule. ``blocks``
+    is a name pattern of the parameters inside; the models of mupx declare theirs.
+    """
+
+    blocks: str | None = None
+    base: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    argument: str = "layers"
+    branch_argument: str = "branch_scale"
+
+    @property
+    def ratio(self) -> float:
+        """L = depth / base; 1 where one of the two is not given."""
+        return 1.0 if self.depth is None or self.base is None else self.depth / self.base
+
+
 class Declaration(_Section):
     """What a user says about a parameter; whatever is left out is inferred.
 
@@ -282,7 +301,7 @@ RoleEntry = Annotated[
 
 
 class Experiment(_Section):
-    """Everything a run depends on. Proxy and target differ only in ``scaling.width``."""
+    """Everything a run depends on. Proxy and target differ only in width and depth."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -291,6 +310,7 @@ class Experiment(_Section):
     search: SearchConfig = SearchConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
+    depth: DepthConfig = DepthConfig()
     roles: dict[str, RoleEntry] = Field(default_factory=dict)
 
     def updated(self, changes: Mapping[str, Any]) -> Experiment:
@@ -301,7 +321,8 @@ class Experiment(_Section):
     def run_name(self) -> str:
         """The default name of a run folder."""
         parts = map(label, (self.model.name, self.data.name, self.optimizer.name))
-        return f"{'-'.join(parts)}-w{self.scaling.width}"
+        deep = f"-d{self.depth.depth}" if self.depth.ratio != 1.0 else ""
+        return f"{'-'.join(parts)}-w{self.scaling.width}{deep}"
 
     @property
     def own_code(self) -> dict[str, str]:
@@ -341,6 +362,8 @@ class Experiment(_Section):
             document["search"].pop(key)
         if not search:
             document.pop("search")
+        if self.depth == DepthConfig():  # a run that leaves depth alone is the run it was without the section
+            document.pop("depth")
         if sources := self.sources():
             document[SOURCE] = sources
         return document

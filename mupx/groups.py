@@ -160,7 +160,7 @@ def refuse_other_names(named: Collection[str], stated: Sequence[str]) -> None:
         raise MismatchError(
             f"the model {' and '.join(filter(None, (has, lacks)))} in comparison with the one described at "
             "the base width; width may change shapes only: build both with the same number of layers (depth "
-            "does not transfer by a width rule)"
+            "has a rule of its own: give it as depth, for a model with residual branches)"
         )
 
 

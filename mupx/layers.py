@@ -26,7 +26,12 @@ from mupx.scaling import (
 )
 
 Shape = tuple[int, ...]
-INTERNAL = ("base_std", "tied_head", "logit_scale")  # fields of a Layer that are no column of the table
+INTERNAL = (
+    "base_std",
+    "tied_head",
+    "logit_scale",
+    "depth",
+)  # fields of a Layer that are no column of the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Parameter:
             head size grows as ``r_out``: α = r_out^-½ is folded into it.
         tied_head: Name of the module that also uses it as its weight, and whose logits are therefore
             multiplied by one over the growth of their fan-in.
+        depth: Depth over base depth if it lies inside a residual branch, else 1.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Parameter:
     why: str = ""
     growing_head: bool = False
     tied_head: str = ""
+    depth: float = 1.0
 
     def shape_at(self, base_width: int, width: int) -> Shape:
         """Extrapolate the shape to ``width``, assuming dimensions affine in width.
@@ -112,10 +119,12 @@ class Layer:
     damping_B: float | None
     eps: float | None
     weight_decay: float
-    # Not columns: what a draw of the base shape has by itself, and what multiplies a tied head's logits.
+    # Not columns: what a draw of the base shape has by itself, and what multiplies a tied head's
+    # logits, and depth over base depth inside a residual branch.
     base_std: float = field(repr=False)
     tied_head: str = field(default="", repr=False)
     logit_scale: float = field(default=1.0, repr=False)
+    depth: float = field(default=1.0, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as a dictionary in table order."""
@@ -168,7 +177,7 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
         parameter.role,
         r_in,
         r_out,
-        depth=folded,
+        depth=folded * parameter.depth,
         blocks=_block_ratio(rule, parameter.shape, shape, optimizer.blocks),
         damping_rule=None if fallen else optimizer.damping_rule,
         weight_decay_mode=optimizer.weight_decay_mode,
@@ -192,6 +201,7 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
         base_std=parameter.std,
         tied_head=parameter.tied_head,
         logit_scale=1 / r_out if parameter.tied_head and law.scaled else 1.0,
+        depth=parameter.depth,
     )
 
 

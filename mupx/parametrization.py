@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from mupx import config
 from mupx.blame import arguments
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
+from mupx.depth import Source, depth_arguments, describe_at_depth
 from mupx.errors import UsageError, unknown_name
 from mupx.groups import (
     Group,
@@ -38,7 +40,7 @@ from mupx.optim.base import Base
 from mupx.own_optimizer import adapted
 from mupx.parts import find_optimizer, own, refuse_unknown, signature, with_rule
 from mupx.plain_loss import PlainLoss, find_loss, no_likelihood
-from mupx.roles import Factory, describe, initial_std, own_std
+from mupx.roles import Factory, initial_std, own_std
 from mupx.scaling import find_parametrization
 from mupx.usercode import is_reference
 
@@ -61,14 +63,14 @@ DEFAULTED = ("lr", "damping")  # where the caller gives none, the optimizer clas
 def initialise(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Rescale freshly drawn weights in place to the table's init std; constants stay; scale tied heads.
 
-    At base width every factor is exactly 1, so the weights keep every bit.
+    At base width and depth every factor is exactly 1, so the weights keep every bit.
 
     Raises:
         MismatchError: The model's parameters are not those of the table.
     """
     refuse_other_shapes(model, layers)
-    # A measured law has noise: at base width the draw is taken to have the base's own.
-    at_base = all(layer.r_in == layer.r_out == 1 for layer in layers)
+    # A measured law has noise: at the base the draw is taken to have the base's own.
+    at_base = all(layer.r_in == layer.r_out == layer.depth == 1 for layer in layers)
     with torch.no_grad():
         for layer in layers:
             unchanged = layer.r_in == layer.r_out == 1
@@ -151,6 +153,8 @@ def experiment_from(
     optimizer: str,
     parametrization: str = "mup",
     roles: Mapping[str, Any] | None = None,
+    depth: int | None = None,
+    base_depth: int | None = None,
     **values: Any,
 ) -> Experiment:
     """Build an experiment from keyword arguments: hyperparameters and optimizer settings by name.
@@ -161,6 +165,8 @@ def experiment_from(
         optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
         parametrization: ``mup``, ``sp`` or ``mup-1.0.0``.
         roles: Pattern → role or declaration, as ``[roles]`` in a configuration.
+        depth: Target depth, in residual blocks.
+        base_depth: Depth at which the values were tuned.
         **values: The rest; without ``lr`` or ``damping`` the optimizer class's own default.
 
     Raises:
@@ -172,6 +178,7 @@ def experiment_from(
         "scaling.parametrization": parametrization,
         "optimizer.name": optimizer,
         "roles": dict(roles or {}),
+        "depth": {"depth": depth, "base": base_depth},
     }
     for key, value in {**_class_defaults(optimizer), **values}.items():
         if key in Hyperparameters.model_fields:
@@ -200,6 +207,8 @@ def parametrize(
     optimizer: str,
     example: Tensor | None = None,
     roles: Mapping[str, Any] | None = None,
+    depth: int | None = None,
+    base_depth: int | None = None,
     **values: Any,
 ) -> tuple[nn.Module, list[Group]]:
     """Build the model at ``width`` with scaled initial weights, and its parameter groups.
@@ -208,17 +217,21 @@ def parametrize(
     damping=1e-2)``; hand the groups to ``mupx.optim.KFAC(groups, model)``.
 
     Args:
-        build: ``build(width) -> nn.Module``.
+        build: ``build(width) -> nn.Module``; for a depth ``build(width, layers=…, branch_scale=…)``, whose
+            model names the parameters inside its branches by a pattern, ``residual_blocks``.
         width: Target width.
         base_width: Width at which the values were tuned.
         optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
         example: A batch of inputs, to find the read-out by a traced forward pass.
         roles: Name pattern → role or declaration, as ``[roles]`` in a configuration.
+        depth: Target depth, the number of residual blocks; left out, depth is that of ``build(width)``.
+        base_depth: Depth at which the values were tuned; the default of ``layers`` when left out.
         **values: ``lr`` (a tensor gives every group a tensor of its own), ``damping``, ``momentum``,
             ``weight_decay``, ``parametrization``, ``damping_rule``, … as in the configuration.
     """
-    experiment, parameters = _described(build, width, base_width, optimizer, example, roles, values)
-    model = build(width)
+    experiment = _experiment(width, base_width, optimizer, roles, depth, base_depth, values)
+    parameters = _described(build, experiment, example)
+    model = _deep(build, experiment)(width)
     layers = _table(model, parameters, experiment)
     initialise(model, layers)
     return model, with_tensor_lr(make_groups(model, layers, experiment), values.get("lr"))
@@ -233,6 +246,8 @@ def param_groups(
     optimizer: str,
     example: Tensor | None = None,
     roles: Mapping[str, Any] | None = None,
+    depth: int | None = None,
+    base_depth: int | None = None,
     **values: Any,
 ) -> list[Group]:
     """Return parameter groups for an existing model; its weights are never touched.
@@ -241,7 +256,8 @@ def param_groups(
     by ``DistributedDataParallel`` or ``torch.compile``. A tied head that :func:`parametrize` has not made
     is warned about, with the number to multiply its logits by.
     """
-    experiment, parameters = _described(build, width, base_width, optimizer, example, roles, values)
+    experiment = _experiment(width, base_width, optimizer, roles, depth, base_depth, values)
+    parameters = _described(build, experiment, example)
     layers = _table(model, parameters, experiment)
     named = plain_names(model, layers)
     for layer in layers:
@@ -254,23 +270,36 @@ def param_groups(
     return with_tensor_lr(make_groups(model, layers, experiment), values.get("lr"))
 
 
-def _described(
-    build: Factory,
+def _experiment(
     width: int,
     base_width: int,
     optimizer: str,
-    example: Tensor | None,
     roles: Mapping[str, Any] | None,
+    depth: int | None,
+    base_depth: int | None,
     values: Mapping[str, Any],
-) -> tuple[Experiment, tuple[Parameter, ...]]:
-    experiment = experiment_from(
-        width=width, base_width=base_width, optimizer=optimizer, roles=roles, **values
-    )
-    if width == base_width:
+) -> Experiment:
+    if width == base_width and depth is None:
         warnings.warn(
             f"width {width} is the base width: every multiplier is 1, nothing is transferred", stacklevel=3
         )
-    return experiment, describe(build, base_width, overrides=experiment.roles, example=example)
+    return experiment_from(
+        width=width,
+        base_width=base_width,
+        optimizer=optimizer,
+        roles=roles,
+        depth=depth,
+        base_depth=base_depth,
+        **values,
+    )
+
+
+def _deep(build: Factory, experiment: Experiment) -> Factory:
+    return partial(build, **depth_arguments(experiment, Source(signature(build), {})))
+
+
+def _described(build: Factory, experiment: Experiment, example: Tensor | None) -> tuple[Parameter, ...]:
+    return describe_at_depth(partial(_deep, build), experiment, Source(signature(build), {}), example)
 
 
 def _table(model: nn.Module, parameters: Sequence[Parameter], experiment: Experiment) -> list[Layer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from mupx.config import Experiment
 from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset
 from mupx.datasets.given import dataset_from
+from mupx.depth import Source, completed, depth_arguments, describe_at_depth
 from mupx.errors import UsageError
 from mupx.layers import Parameter
 from mupx.models import MODELS
+from mupx.recipe import Recipe
 from mupx.roles import Factory
-from mupx.roles import describe as describe_parameters
 from mupx.roles.tracing import ModelFailedError
 from mupx.usercode import is_reference, load, load_callable
 
@@ -76,23 +78,34 @@ def _own_data(name: str, folder: Path | None, args: Mapping[str, Any]) -> Any:
 
 
 def factory(experiment: Experiment, data: Dataset) -> Factory:
-    """Return ``build(width)`` with the data's input shape and number of classes, where it takes them."""
+    """Return ``build(width)`` at the experiment's depth.
+
+    The data's input shape and number of classes are filled in where it takes them.
+    """
     name, args = experiment.model.name, experiment.model.args
-    mine = is_reference(name)
-    build: Callable[..., Any] = (
-        load_callable(name, "model.name", "a function build(width) that returns a torch.nn.Module")
-        if mine
-        else MODELS.load(name)
-    )
-    takes = signature(build)
+    build, takes = _named_factory(experiment)
     positional = [p.name for p in takes.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not positional and not any(p.kind is p.VAR_POSITIONAL for p in takes.values()):
         raise UsageError(f"model {name} takes no width; give a function build(width)")
     shape = {"input_shape": data.input_shape, "classes": data.classes}
     offered = {key: value for key, value in shape.items() if key in takes}
     refuse_unknown(f"model {name}", args, takes, offered=(*shape, *positional[:1]))
-    filled = {**offered, **args}
-    return partial(_build_own, name, build, filled) if mine else partial(build, **filled)
+    filled = {**offered, **args, **depth_arguments(experiment, _source(experiment))}
+    return partial(_build_own, name, build, filled) if is_reference(name) else partial(build, **filled)
+
+
+def _named_factory(experiment: Experiment) -> tuple[Callable[..., Any], Signature]:
+    name = experiment.model.name
+    build: Callable[..., Any] = (
+        load_callable(name, "model.name", "a function build(width) that returns a torch.nn.Module")
+        if is_reference(name)
+        else MODELS.load(name)
+    )
+    return build, signature(build)
+
+
+def _source(experiment: Experiment) -> Source:
+    return Source(_named_factory(experiment)[1], experiment.model.args, f"model {experiment.model.name}")
 
 
 def _build_own(name: str, build: Callable[..., Any], filled: Mapping[str, Any], width: int) -> nn.Module:
@@ -108,19 +121,31 @@ def _build_own(name: str, build: Callable[..., Any], filled: Mapping[str, Any], 
 
 
 def describe(experiment: Experiment, data: Dataset) -> tuple[Parameter, ...]:
-    """Describe the experiment's parameters at the base width and at twice that."""
+    """Describe the experiment's parameters, at its depth, at the base width and at twice that."""
     example, base = data.train.inputs[:2], experiment.scaling.base_width
-    build = factory(experiment, data)
     with own(
         experiment.model.name,
         f"built at widths {base} and {2 * base} and run on inputs of shape {list(example.shape)}",
     ):
         try:
-            return describe_parameters(build, base, overrides=experiment.roles, example=example)
+            return describe_at_depth(partial(factory, data=data), experiment, _source(experiment), example)
         except ModelFailedError as error:
             if error.__cause__ is None or not is_reference(experiment.model.name):
                 raise
             raise error.__cause__ from None  # the user's own exception says more than our sentence
+
+
+def at_depth(recipe: Recipe, depth: int, data: Dataset) -> Recipe:
+    """Return the same hyperparameters for a model of another depth, which is built narrow to describe it.
+
+    Raises:
+        UsageError: ``depth`` is not a positive whole number.
+        MismatchError: The model has no residual branches, or does not say how its depth changes.
+    """
+    experiment = recipe.experiment.updated({"depth.depth": depth})
+    parameters = describe(experiment, data)
+    base = completed(experiment.depth, _source(experiment)).base
+    return replace(recipe, experiment=experiment.updated({"depth.base": base}), parameters=parameters)
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:

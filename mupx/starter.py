@@ -52,6 +52,9 @@ EXAMPLES: Mapping[str, Any] = {
     "train.threads": 1,
     "train.checkpoint_every": 100,
     "train.eval_every": 50,
+    "depth.blocks": "blocks.*",
+    "depth.base": 2,
+    "depth.depth": 8,
     "roles": {"head.weight": "output"},
 }
 CHOICES: Mapping[str, Any] = {
@@ -121,6 +124,11 @@ MEANINGS: Mapping[str, str] = {
     "scaling.parametrization": "The width rule.",
     "scaling.base_width": "Width of the proxy, at which everything is tuned.",
     "scaling.width": "Width of the model that is trained; the search uses the base width.",
+    "depth.blocks": "Name pattern of the parameters inside residual branches.",
+    "depth.base": "Depth of the proxy; the factory's own number of blocks when left out.",
+    "depth.depth": "Depth of the model that is trained; the search uses the base depth.",
+    "depth.argument": "The factory's argument that is the number of residual blocks.",
+    "depth.branch_argument": "The factory's argument that multiplies every residual branch.",
     "roles": "Name pattern = role, for what the shapes cannot tell.",
 }
 MODEL = '''\

@@ -37,6 +37,7 @@ LEVELS = {
     "mupx.losses": 2,
     "mupx.plain_loss": 2,
     "mupx.curvature": 3,
+    "mupx.depth": 3,
     "mupx.evaluation": 3,
     "mupx.models": 3,
     "mupx.datasets": 3,
