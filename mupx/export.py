@@ -33,6 +33,7 @@ DECOUPLED = {"independent": 'row["weight_decay"] / row["lr"]', "adamw": 'row["we
 COUPLED = {"l2": 'row["weight_decay"]'}
 INSIDE = "; do forward and backward pass inside `with optimizer.curvature(targets):`"
 SCALE = "\nOUTPUT_SCALE = {!r}  # tuned with the logits times this: multiply yours by it too\n"
+BRANCHES = "\nBRANCH_SCALE = {!r}  # depth {} from {}: multiply your residual branches by this too\n"
 DECAY_HOOK = '''
 
 @torch.no_grad()
@@ -156,7 +157,7 @@ def to_torch(recipe: Recipe) -> str:
     """Return the recipe as the source of a Python file that needs only torch."""
     experiment, layers = recipe.experiment, recipe.layers
     form = FORMS.get(experiment.optimizer.name, _mupx)(experiment, layers)
-    at_base = all(layer.r_in == layer.r_out == 1 for layer in layers)
+    at_base = all(layer.r_in == layer.r_out == layer.depth == 1 for layer in layers)
     top = TOP.substitute(
         _comments(recipe),
         needs=form.needs,
@@ -282,6 +283,10 @@ def _comments(recipe: Recipe) -> dict[str, str]:
     hyper = experiment.hyperparameters
     values = {"lr": hyper.lr, **({"damping": hyper.damping} if rule.damping else {})}
     values |= hyper.model_dump(exclude_defaults=True)
+    deep = experiment.depth
+    branches = (
+        BRANCHES.format(1 / deep.ratio, deep.depth, deep.base) if deep.ratio != 1 and law.scaled else ""
+    )
     origin = "; ".join(f"{key}: {value}" for key, value in recipe.provenance.items())
     return {
         "model": printable(experiment.model.name),
@@ -294,7 +299,7 @@ def _comments(recipe: Recipe) -> dict[str, str]:
         "kept": printable(
             f"batch size {train.batch_size}, {length}, {train.schedule} schedule, data {experiment.data.name}"
         ),
-        "scale": SCALE.format(hyper.output_scale) if hyper.output_scale != 1 else "",
+        "scale": (SCALE.format(hyper.output_scale) if hyper.output_scale != 1 else "") + branches,
     }
 
 

@@ -22,6 +22,7 @@ def explain(recipe: Recipe) -> None:
     if not any(layer.role == "output" or layer.tied_head for layer in recipe.layers):
         say("[no read-out: nothing has a growing fan-in and a fixed fan-out, or is declared output or tied]")
     _rules(recipe, law)
+    _depth(recipe, law)
     _fixed(recipe)
 
 
@@ -43,7 +44,7 @@ def reading(
         "eps": (rule.eps, layer.eps),
     }
     shown = [
-        f"{name} × {_formula(power, law, vector, name)} = {number(value)}"
+        f"{name} × {_formula(power, law, vector, layer.depth != 1, name)} = {number(value)}"
         for name, (power, value) in values.items()
         if power is not None and value is not None
     ]
@@ -68,14 +69,15 @@ def _axes(parameter: Parameter, layer: Layer) -> str:
         side = "fan-in" if axis in parameter.in_axes else "fan-out" if axis in parameter.out_axes else ""
         size = f"{old} → {new}" if parameter.shape[axis] != parameter.doubled[axis] else f"{old}"
         words.append(f"{size} ({side})" if side else size)
-    return f"{' × '.join(words)}, r_in {number(layer.r_in)}, r_out {number(layer.r_out)}"
+    depth = f", depth {number(layer.depth)}" if layer.depth != 1 else ""
+    return f"{' × '.join(words)}, r_in {number(layer.r_in)}, r_out {number(layer.r_out)}{depth}"
 
 
-def _formula(power: Power, law: Parametrization, vector: bool, name: str) -> str:
+def _formula(power: Power, law: Parametrization, vector: bool, deep: bool, name: str) -> str:
     if not law.scaled and name != "std":
         return "1"
-    # Widths alone: ratios of depth and of block counts have lines of their own in the rules below.
-    power = replace(power, depth=0.0, blocks=0.0)
+    # The ratio of block counts has a line of its own in the rules below.
+    power = replace(power, depth=power.depth if deep else 0.0, blocks=0.0)
     return (replace(power, r_in=0.0) if vector else power).formula.replace(" · ", "·")
 
 
@@ -104,6 +106,19 @@ def _rules(recipe: Recipe, law: Parametrization) -> None:
         )
         for line in formulas(rule, law, rule.damping_scale(damping_rule)):
             say(f"  {line}")
+
+
+def _depth(recipe: Recipe, law: Parametrization) -> None:
+    deep = recipe.experiment.depth
+    if deep.ratio == 1.0:
+        return
+    inside = [layer.name for layer in recipe.layers if layer.depth != 1.0]
+    say(f"[depth {deep.depth} from {deep.base}: {len(inside)} parameters inside residual branches]")
+    if law.scaled:
+        say(f"  branches × 1/depth: {deep.branch_argument} × {number(1 / deep.ratio)}")
+        say("  lr, damping and eps inside by the powers of depth above; outside depth counts as 1")
+    else:
+        say(f"  {law.name}: nothing is multiplied, branches included")
 
 
 def _fixed(recipe: Recipe) -> None:

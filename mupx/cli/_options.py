@@ -116,6 +116,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "seed": ("train.seed", "search.seed"),
     "base_width": ("scaling.base_width",),
     "width": ("scaling.width",),
+    "base_depth": ("depth.base",),
 }
 RANGES = ("lr", "damping", "momentum", "weight_decay")  # flags that take a value or a range
 LINEAR = ("momentum",)  # searched on a linear scale
@@ -171,7 +172,7 @@ def fixed_experiment(documents: Sequence[Document]) -> Experiment:
 
 
 def searched_experiment(documents: Sequence[Document], roles: bool) -> Experiment:
-    """Return the experiment of a search, with its space filled in and its width the base width.
+    """Return the experiment of a search, with its space filled in, at base width and depth.
 
     The optimizer's default ranges apply unless the file has ranges of its own; a range replaces the one
     before it, a fixed value removes it.
@@ -187,6 +188,8 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
     width = _base_width(documents)
     if width is not None:
         document = config.merge(document, {"scaling.base_width": width, "scaling.width": width})
+    if "depth" in document:
+        document = config.merge(document, {"depth.depth": None})
     _take_space(document)
     plain = check_names(config.parse(document))
     space = _space(documents, _default_space(documents[0], plain, roles))

@@ -62,8 +62,9 @@ def command(
         return
     cells = [[str(row["role"]), *(number(row[name], 4) for name in COLUMNS)] for row in rows]  # type: ignore[arg-type]
     damped = f", {named} damping" if named else ""
+    deep = f" and {number(depth_mult)} × base depth inside branches" if depth_mult != 1 else ""
     print_table(
-        f"{rule.name}: multipliers at {number(width_mult)} × base width, {law.name}{damped}",
+        f"{rule.name}: multipliers at {number(width_mult)} × base width{deep}, {law.name}{damped}",
         ("role", *COLUMNS),
         cells,
     )

@@ -28,13 +28,14 @@ NOT_TRANSFERRED = (
     "optimizer.",
     "scaling.parametrization",
     "scaling.base_width",
+    "depth.base",
     *(
         f"train.{key}"
         for key in ("batch_size", "epochs", "steps", "schedule", "warmup", "grad_clip", "loss", "amp")
     ),
 )
 # The recipe's shapes no longer hold.
-REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width")
+REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
 LINES = 10  # progress lines without a terminal
 
 

@@ -1,4 +1,4 @@
-"""``mupx transfer``: the same hyperparameters for another width, as a recipe with its layer table."""
+"""``mupx transfer``: the same hyperparameters at another width or depth, as a recipe with its layer table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,17 @@ DESCRIBING: tuple[str, ...] = (
     "parametrization",
     "batch_size",
 )
-DESCRIBING += ("epochs", "steps", "base_width", "base_shapes", "lr", "damping", "momentum", "weight_decay")
+DESCRIBING += (
+    "epochs",
+    "steps",
+    "base_width",
+    "base_depth",
+    "base_shapes",
+    "lr",
+    "damping",
+    "momentum",
+    "weight_decay",
+)
 TARGET, VALUES = "What is transferred", "Without SOURCE: values from anywhere, with the flags below"
 NUMBERS = ("r_in", "r_out", "init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 
@@ -43,7 +53,10 @@ def command(
         str | None,
         typer.Argument(metavar="SOURCE", help="RUN_DIR, STORAGE#STUDY or RECIPE.", show_default=False),
     ] = None,
-    width: Annotated[int | None, o.whole("--width", TARGET, "Width of the target (required).")] = None,
+    width: Annotated[int | None, o.whole("--width", TARGET, "Width of the target.")] = None,
+    depth: Annotated[
+        int | None, o.whole("--depth", TARGET, "Depth of the target, in residual blocks; builds the model.")
+    ] = None,
     pick: Annotated[
         str | None, o.flag("--pick", panel=TARGET, help="Which trial: best (default), robust or its number.")
     ] = None,
@@ -60,6 +73,9 @@ def command(
     base_width: Annotated[
         int | None, o.whole("--base-width", VALUES, "Width the values were tuned at.")
     ] = None,
+    base_depth: Annotated[
+        int | None, o.whole("--base-depth", VALUES, "Depth they were tuned at; the model's own if left out.")
+    ] = None,
     base_shapes: Annotated[
         Path | None,
         o.flag("--base-shapes", panel=VALUES, help="Instead of a width: microsoft/mup's .bsh file."),
@@ -69,6 +85,7 @@ def command(
     momentum: Annotated[str | None, o.flag("--momentum", panel=VALUES, help="Momentum.")] = None,
     weight_decay: Annotated[str | None, o.flag("--weight-decay", panel=VALUES, help="Weight decay.")] = None,
     set_: o.Set = None,
+    allow_code: o.AllowCode = None,
     storage: o.Storage = None,
     output: Annotated[
         Path | None,
@@ -80,33 +97,34 @@ def command(
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Carry tuned values over to another width and write a recipe.
+    """Carry tuned values over to another width, depth or both, and write a recipe.
 
     Example: mupx transfer runs/mlp-fashion-mnist-14-kfac-w64 --width 1024
     """
-    if width is None:
-        raise UsageError("give the target's width, for example --width 1024")
+    if width is None and depth is None:
+        raise UsageError("give the target's width, its depth, or both, for example --width 1024")
     if source is None:
         base, place = _described(context.params, set_), Path("recipe.toml")
     else:
         _refuse_description(context.params, set_)
         base, place = _found(source, pick, storage)
-    target = base.transfer(width)
-    path = output or place.with_name(_stem(place) + f"-w{width}.toml")
+    if depth is not None:
+        if source is not None:
+            o.require_allowed(context, base.experiment, (), allow_code)
+        base = _deepened(base, depth)
+    target = base if width is None else base.transfer(width)
+    path = output or place.with_name(_stem(place) + _size(target, depth) + ".toml")
     if source is not None and _same(path, Path(source)):
         raise UsageError(f"-o {path} is the recipe it starts from; give another name")
     target.write(path)
-    if width == target.experiment.scaling.base_width:
-        note(f"width {width} is the base width: every multiplier is 1")
+    scaling, deep = target.experiment.scaling, target.experiment.depth
+    if scaling.width == scaling.base_width and deep.ratio == 1.0:
+        note(f"width {scaling.width} is the base width: every multiplier is 1")
     if json:
-        rows = [layer.as_dict() for layer in target.layers]
+        sizes = {"base_width": scaling.base_width, "width": scaling.width}
+        depths = {"base_depth": deep.base, "depth": deep.depth} if deep.depth is not None else {}
         print_json(
-            {
-                "recipe": path,
-                "base_width": target.experiment.scaling.base_width,
-                "width": width,
-                "layers": rows,
-            }
+            {"recipe": path, **sizes, **depths, "layers": [layer.as_dict() for layer in target.layers]}
         )
         return
     _print_layers(target)
@@ -137,6 +155,16 @@ def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, 
             f"--pick {pick}: recipe {path} holds one choice already; give its run folder instead"
         )
     return recipes.read(path), path
+
+
+def _deepened(recipe: Recipe, depth: int) -> Recipe:
+    from mupx import parts
+
+    return parts.at_depth(recipe, depth, parts.load_data(recipe.experiment))
+
+
+def _size(recipe: Recipe, depth: int | None) -> str:
+    return f"-w{recipe.experiment.scaling.width}" + (f"-d{depth}" if depth is not None else "")
 
 
 def _described(flags: Mapping[str, Any], items: list[str] | None) -> Recipe:
@@ -191,7 +219,7 @@ def _same(path: Path, source: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    return re.sub(r"-w\d+$", "", path.stem)
+    return re.sub(r"-w\d+(-d\d+)?$", "", path.stem)
 
 
 def _print_layers(recipe: Recipe) -> None:
@@ -201,9 +229,11 @@ def _print_layers(recipe: Recipe) -> None:
     texts = ["name", "role", *(["optimizer"] if len(optimizers) > 1 else []), "shape"]
     numbers = [name for name in NUMBERS if any(getattr(layer, name) for layer in layers)]
     hyper = parameters({"lr": recipe.experiment.hyperparameters.lr, **_tuned(recipe)})
+    deep = recipe.experiment.depth
+    depth = f", depth {deep.depth} from {deep.base}" if deep.ratio != 1.0 else ""
     print_table(
         f"{recipe.experiment.model.name} with {recipe.experiment.optimizer.name}, width {scaling.width} from "
-        f"{scaling.base_width} ({scaling.parametrization}); base {hyper}",
+        f"{scaling.base_width}{depth} ({scaling.parametrization}); base {hyper}",
         [*texts, *numbers],
         [
             [*(_text(layer, name) for name in texts), *(number(getattr(layer, name)) for name in numbers)]
