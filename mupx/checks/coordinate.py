@@ -6,7 +6,8 @@ For one model at one width and seed, on one probe batch (that of the first step)
   mean |W h|: the order of the initial signal a tensor produces by itself;
 * ``layers`` after t steps: mean |Δh_l| = mean |h_l(t) − h_l(0)| per module output;
 * ``own`` after t steps: mean |m(h(0); p(t)) − m(h(0); p(0))|: what the update of this one tensor does
-  with every other tensor and the module's input frozen at their initial values.
+  with every other tensor and the module's input frozen at their initial values; for a vector that a
+  module with layers of its own adds somewhere (class token, positions) mean |p(t) − p(0)|.
 
 Under a right parametrization all of them are Θ(1) in width, except the read-out's initial signal,
 which shrinks as r_in^-½ (arXiv:2312.12226, Fig. 1; 2203.03466, App. D.1).
@@ -137,14 +138,25 @@ def _moved(
     run: Run, inputs: Tensor, calls: Mapping[str, Call], before: Mapping[str, Tensor], modules: dict[str, str]
 ) -> Moved:
     after, now = _tensors(run.model), _calls(run, inputs, set(calls))
+    vectors = {layer.name for layer in run.layers if layer.role == "vector"}
     layers = {m: float((now[m].output - call.output).abs().mean()) for m, call in calls.items() if m in now}
     floor = ROUNDING * torch.finfo(run.dtype).eps
     own = {}
     for name, module in modules.items():
-        if module in calls:
+        if module in calls and not _contains_layers(calls[module].module):
             moved = _distance(calls[module], before, name, before[name], after[name])
             own[name] = moved if moved > floor * layers.get(module, 0.0) else 0.0
+        elif module in calls and name in vectors:
+            own[name] = float((after[name] - before[name]).abs().mean())
     return Moved(layers, own, curvature_orders.read(run.optimizer))
+
+
+def _contains_layers(module: nn.Module) -> bool:
+    """Whether a tensor of this module acts through layers below it, such as a class token of a whole model.
+
+    What reaches the module's output then has their order, not the tensor's: through a read-out it shrinks.
+    """
+    return any(True for child in module.children() for _ in child.parameters())
 
 
 def _init(
