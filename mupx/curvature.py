@@ -18,7 +18,9 @@ which works under ``torch.func.grad`` and ``vmap``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -195,6 +197,8 @@ class FactorRows(FactorSums):
 class EagerCapture:
     """Collect h and δ of every layer during a normal forward and backward pass.
 
+    A compiled model runs without its compiled code meanwhile.
+
     Args:
         layers: Modules to watch.
         sums: Accumulators to add to, by layer name.
@@ -223,8 +227,14 @@ class EagerCapture:
         self._edges: list[tuple[str, GradientEdge]] = []
         self._handles: list[RemovableHandle] = []
         self._counted: set[str] = set()
+        self._eager: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Self:
+        # Importing dynamo takes seconds, and without it nothing is compiled.
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # Code that was compiled before there were hooks does not run them.
+            self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()
         ]
@@ -236,6 +246,7 @@ class EagerCapture:
         for handle in self._handles:
             handle.remove()
         self._edges.clear()
+        self._eager.__exit__(kind, value, trace)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

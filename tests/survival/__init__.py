@@ -1,0 +1,39 @@
+"""What people do to models and optimizers besides training them in a plain loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import mupx
+from mupx.optim import OPTIMIZERS
+from mupx.optim.base import Base
+from tests.factories import small_mlp
+
+# Values under which momentum, decay and several refreshes are in use within a few steps.
+VALUES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"lr": 0.01, "weight_decay": 0.01},
+    "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "shampoo": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+}
+STRUCTURE: dict[str, dict[str, Any]] = {
+    "kfac": {"refresh": 3, "staleness": 1.0},
+    "shampoo": {"refresh": 3, "staleness": 1.0},
+}
+
+
+def parametrized(name: str, seed: int = 4, **structure: Any) -> tuple[nn.Sequential, Base]:
+    """Return small_mlp at twice its base width, with the optimizer of its groups."""
+    torch.manual_seed(seed)
+    model, groups = mupx.parametrize(small_mlp, width=16, base_width=8, optimizer=name, **VALUES[name])
+    return model, optimizer_of(name, groups, model, **structure)  # type: ignore[return-value]
+
+
+def optimizer_of(name: str, groups: Any, model: nn.Module, **structure: Any) -> Base:
+    """Build the optimizer; K-FAC and Shampoo take the model."""
+    more = {"model": model} if name in STRUCTURE else {}
+    built: Base = OPTIMIZERS.load(name)(groups, **more, **{**STRUCTURE.get(name, {}), **structure})
+    return built
