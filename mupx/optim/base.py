@@ -63,18 +63,18 @@ def adam_direction(
 
 
 def decayed(
-    parameter: Tensor, gradient: Tensor, mode: str, weight_decay: Scalar, lr: Scalar, initial_lr: Scalar
+    parameter: Tensor, gradient: Tensor, mode: str, weight_decay: Scalar, lr: Scalar, reference_lr: Scalar
 ) -> tuple[Scalar, Tensor]:
     """Return (factor on the weights, gradient) under one weight-decay convention.
 
-    ``independent``: W ← (1 − λ·lr/initial_lr) W, so the decay follows the schedule but not the lr;
+    ``independent``: W ← (1 − λ·lr/reference_lr) W, so the decay follows the schedule but not the lr;
     ``adamw``: W ← (1 − λ·lr) W; ``l2``: λ W is added to the gradient.
     """
     if isinstance(weight_decay, float) and weight_decay == 0.0:
         return 1.0, gradient
     if mode == "l2":
         return 1.0, gradient + over(weight_decay, parameter) * parameter
-    rate = weight_decay * lr if mode == "adamw" else weight_decay * (lr / initial_lr)
+    rate = weight_decay * lr if mode == "adamw" else weight_decay * (lr / reference_lr)
     return 1.0 - over(rate, parameter), gradient
 
 
@@ -106,6 +106,8 @@ class Base(torch.optim.Optimizer):
         # Groups built from one tensor must not share it: a scheduler writes in place.
         group["lr"] = _copied(group["lr"])
         group.setdefault("initial_lr", _copied(group["lr"]))
+        # What independent weight decay compares with. Not initial_lr: OneCycleLR writes its start into that.
+        group.setdefault("reference_lr", _copied(group["lr"]))
 
     @abstractmethod
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -149,7 +151,7 @@ class Base(torch.optim.Optimizer):
             group["weight_decay_mode"],
             group["weight_decay"],
             lr,
-            group["initial_lr"],
+            group["reference_lr"],
         )
         fallback = group["algorithm"] != self.algorithm
         direct = self.adam if fallback else self.direction
