@@ -90,9 +90,20 @@ class Base(torch.optim.Optimizer):
     """
 
     algorithm: ClassVar[str]
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes that a copy or a pickle needs beside torch's own
 
     def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
         super().__init__(params, {"algorithm": self.algorithm, **defaults})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return groups, state and :attr:`kept`; torch's own forgets what a subclass adds."""
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self.kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; :meth:`load_state_dict` comes here too, with groups and state only."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("reference_lr", _copied(group["initial_lr"]))  # written before there was one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, filled up with the defaults and checked.

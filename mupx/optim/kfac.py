@@ -100,12 +100,22 @@ class KFAC(Base):
         weight_decay_mode: ``independent``, ``adamw`` or ``l2``.
         generator: Source of the Monte-Carlo labels.
 
-    Attributes:
-        fallback: Names of the parameters that AdamW updates.
-        skipped: Layer name → refreshes at which a factor was zero or not finite (its update is zero).
+    Several processes (DistributedDataParallel, FSDP) are refused: A and B are those of one process's
+    samples.
     """
 
     algorithm = "kfac"
+    kept = (
+        "damping_rule",
+        "fisher",
+        "loss",
+        "solver",
+        "refresh",
+        "staleness",
+        "ema",
+        "generator",
+        "_model",
+    )
 
     def __init__(
         self,
@@ -139,9 +149,8 @@ class KFAC(Base):
         self.ema, self.generator = ema, generator
         split = damping_rule in ("absolute", "trace")
         ridge_A, ridge_B = split_ridge(damping, damping_ratio if split else 1.0)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._layers = _layers_by_weight(model)
-        self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
+        self._model = model
+        self._read_model()
         defaults = {
             **DEFAULTS,
             "lr": lr,
@@ -154,10 +163,27 @@ class KFAC(Base):
             "weight_decay_mode": weight_decay_mode,
         }
         super().__init__(sort_groups(params, fallback_lr, self._can_factor), defaults)
+
+    def _read_model(self) -> None:
+        self._names = {id(p): name for name, p in self._model.named_parameters()}
+        self._layers = _layers_by_weight(self._model)
+        self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
         self._sums: dict[str, FactorSums] = {}
         self._rows: dict[str, FactorSums] = {}
         self._capture: EagerCapture | None = None
-        self.skipped: Counter[str] = Counter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; a copy finds its own model's layers."""
+        super().__setstate__(state)
+        if "_model" in state:
+            self._read_model()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Layer name → refreshes at which a factor was zero or not finite (its update is zero)."""
+        weights = [layer.weight for layer in self._layers.values()]
+        counts = {self._name(weight): self.state.get(weight, {}).get("skipped") for weight in weights}
+        return Counter({name: count for name, count in counts.items() if count is not None})
 
     @property
     def fallback(self) -> list[str]:
@@ -273,8 +299,7 @@ class KFAC(Base):
             clear_side(state, side, keep_columns=isinstance(factor, Columns))
         ridge_A, ridge_B = group["damping_A"], group["damping_B"]
         solver, ok = build_solver(A, B, ridge_A, ridge_B, bias_ridge, self.damping_rule, solved)
-        self.skipped[self._name(weight)] += int(not bool(ok))
-        state.update(solver)
+        state.update(solver, skipped=state.get("skipped", 0) + int(not bool(ok)))
 
     def _solved(self, weight: Tensor, sums: FactorSums, step: int) -> set[str]:
         """Return the sides that are cheaper to solve with than to invert until the next refresh."""

@@ -118,6 +118,7 @@ class Shampoo(Base):
     """
 
     algorithm = "shampoo"
+    kept = ("damping_rule", "accumulate", "solver", "refresh", "staleness", "ema", "blocks", "_model")
 
     def __init__(
         self,
@@ -148,10 +149,8 @@ class Shampoo(Base):
             raise UsageError(f"blocks must be ≥ 0 (0: one block), got {blocks}")
         self.solver = require_choice("solver", solver, SOLVERS)
         self.refresh, self.staleness = refresh, staleness
-        self._layers = {} if model is None else factorable_layers(model)
-        self._names = {id(layer.weight): name for name, layer in self._layers.items()}
-        self._captured: dict[str, FactorRows] = {}
-        self._rows: dict[str, FactorRows] = {}
+        self._model = model
+        self._read_model()
         self.ema, self.blocks = ema, blocks
         ridge_R, ridge_L = split_ridge(damping, damping_ratio)
         defaults = {
@@ -166,6 +165,18 @@ class Shampoo(Base):
             "weight_decay_mode": weight_decay_mode,
         }
         super().__init__(sort_groups(params, fallback_lr, lambda p: p.dim() >= 2), defaults)
+
+    def _read_model(self) -> None:
+        self._layers = {} if self._model is None else factorable_layers(self._model)
+        self._names = {id(layer.weight): name for name, layer in self._layers.items()}
+        self._captured: dict[str, FactorRows] = {}
+        self._rows: dict[str, FactorRows] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; a copy finds its own model's layers."""
+        super().__setstate__(state)
+        if "_model" in state:
+            self._read_model()
 
     @contextmanager
     def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
