@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mupx.curvature import EagerCapture, FactorRows, FactorSums, Layer, factorable_layers
+from mupx.errors import UsageError
 from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
 from mupx.lowrank import (
@@ -277,6 +278,11 @@ class KFAC(Base):
         if self._capture is not None and self.fisher != "empirical":
             self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
+        super().zero_grad(set_to_none)
+        self._sums = {}
+
     def before_step(self) -> None:
         """On a refresh step, average the new factors in and rebuild the solvers."""
         self._rows, self._sums = self._sums, {}
@@ -337,9 +343,14 @@ class KFAC(Base):
         if id(parameter) in self._layers:
             flat = self._preconditioned(parameter, gradient.flatten(1))
             return self.momentum(parameter, flat.view_as(gradient), group)
-        owner = self._bias_owner[id(parameter)]
-        solver = self.state[owner.weight]
-        return self.momentum(parameter, precondition_bias(gradient, solver), group)
+        weight = self._bias_owner[id(parameter)].weight
+        if weight.grad is None:
+            raise UsageError(
+                f"{self._names[id(parameter)]} trains but {self._names[id(weight)]} does not: a bias uses "
+                "the factor B that is kept with its layer's weight; freeze both, or build the optimizer "
+                "after freezing, from named_parameters(), which gives such a bias to AdamW"
+            )
+        return self.momentum(parameter, precondition_bias(gradient, self.state[weight]), group)
 
     def _preconditioned(self, weight: Tensor, gradient: Tensor) -> Tensor:
         state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
