@@ -313,6 +313,38 @@ def require_damping_rule(optimizer: str, given: str) -> str:
     return require_choice(f"damping_rule of {optimizer}", given, find_rule(optimizer).damping)
 
 
+def sharded(parameter: Tensor) -> bool:
+    """Whether other processes hold parts of a parameter, as under FSDP."""
+    if not _several_possible():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def require_whole(optimizer: str, parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters that other processes hold a part of, or compute another gradient for.
+
+    Statistics of one rank's samples would precondition the gradient of all ranks differently on each, and
+    the ranks' weights would part without a word.
+
+    Raises:
+        UsageError: The process group has several ranks, or a parameter is sharded.
+    """
+    ranks = torch.distributed.get_world_size() if _several_possible() else 1
+    what = "sharded parameters" if any(map(sharded, parameters)) else f"{ranks} ranks" if ranks > 1 else ""
+    if what:
+        raise UsageError(
+            f"{optimizer} cannot train with {what}: its curvature is that of one process's samples, so the "
+            "ranks' weights would drift apart; train in one process, or use shampoo, adamw or sgd, which see "
+            "only the averaged gradient"
+        )
+
+
+def _several_possible() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _copied(lr: Scalar) -> Scalar:
     return lr.clone() if isinstance(lr, Tensor) else lr
 

@@ -46,6 +46,7 @@ from mupx.optim.base import (
     require_choice,
     require_damping_rule,
     require_refresh,
+    require_whole,
     running_average,
     sort_groups,
     split_ridge,
@@ -285,6 +286,7 @@ class KFAC(Base):
 
     def before_step(self) -> None:
         """On a refresh step, average the new factors in and rebuild the solvers."""
+        require_whole(self.algorithm, self._weights())
         self._rows, self._sums = self._sums, {}
         # Looked up anew: load_state_dict replaces the groups.
         groups = {id(p): g for g in self.param_groups for p in g["params"]}

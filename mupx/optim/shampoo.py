@@ -46,6 +46,7 @@ from mupx.optim.base import (
     require_damping_rule,
     require_refresh,
     running_average,
+    sharded,
     sort_groups,
     split_ridge,
 )
@@ -209,6 +210,7 @@ class Shampoo(Base):
             for name, layer in self._layers.items()
             if id(layer.weight) in mine
             and layer.weight.requires_grad
+            and not sharded(layer.weight)  # one process has rows for its own samples, but no whole gradient
             and (self.solver == "low-rank" or max(layer.weight.flatten(1).shape) >= SMALLEST)
         }
 
