@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +136,25 @@ def test_a_bias_without_its_frozen_weight_is_refused_by_kfac_alone(name: str) ->
     else:
         train(model, optimizer, batches(1))
         assert not torch.equal(model[2].bias, bias)
+
+
+def test_the_loop_in_the_readme_trains_on_the_whole_batch(name: str) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```python\n(for step in range\(steps\):.*?)```", readme, re.S)
+    data, results = batches(4), []
+    for k in (1, 4):
+        model, optimizer = parametrized(name)
+        names: dict[str, Any] = {
+            "torch": torch,
+            "steps": len(data),
+            "k": k,
+            "micro_batches": lambda step, k=k: zip(*(part.chunk(k) for part in data[step]), strict=True),
+            "model": model,
+            "optimizer": optimizer,
+            "loss": F.cross_entropy,
+            "scaler": torch.amp.GradScaler("cpu", init_scale=2.0**8),
+            "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 2),
+        }
+        exec(written.replace("cuda", "cpu").replace("float16", "bfloat16"), names)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=0.02, atol=5e-3)  # bf16
