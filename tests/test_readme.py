@@ -57,9 +57,15 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
 
 @pytest.mark.parametrize(
     ("section", "script", "least"),
-    [("verdicts", "verdicts.py", 8), ("drift", "damping_drift.py", 4), ("alarms", "false_alarms.py", 10)],
+    [
+        ("verdicts", "verdicts.py", 8),
+        ("drift", "damping_drift.py", 4),
+        ("alarms", "false_alarms.py", 10),
+        ("zoo", "zoo_verdicts.py", 6),
+        ("solvers", "solvers.py", 8),
+    ],
 )
-def test_the_readme_prints_what_a_benchmark_of_verify_gives(section, script, least):
+def test_the_readme_prints_what_a_benchmark_gives(section, script, least):
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--table"]
     printed = [_numbers(row) for row in subprocess.run(command, **CAPTURED).stdout.splitlines()]
     stated = [row for row in _section(section).splitlines() if row.startswith("|")][2:]
