@@ -297,7 +297,9 @@ class KFAC(Base):
     def _refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
-        A, B = (self._average(state, sums, key) for key in "AB")
+        # Outside its columns a factor is its ridge alone: without one it has no inverse there.
+        damped = all(group[key] > 0 for key in ("damping_A", "damping_B"))
+        A, B = (self._average(state, sums, key, damped) for key in "AB")
         state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
         bias = self._layers[id(weight)].bias
         bias_group = None if bias is None else groups.get(id(bias))
@@ -320,12 +322,12 @@ class KFAC(Base):
         sizes = {"A": (d_in, min(d_out, rows)), "B": (d_out, min(d_in, rows))}
         return {side for side, (d, vectors) in sizes.items() if prefers_cholesky(d, vectors, interval)}
 
-    def _average(self, state: dict[str, Any], sums: FactorSums, side: str) -> Factor:
+    def _average(self, state: dict[str, Any], sums: FactorSums, side: str, damped: bool) -> Factor:
         """Average one side's new factor in; columns stay columns until they no longer pay."""
         seen, step = state.get("refreshes", 0), state.get("step", 0)
         gap = step - state.get("refreshed_at", step)
         old = factor_in(state, side)
-        new = sums.columns(side) if isinstance(sums, FactorRows) else None
+        new = sums.columns(side) if damped and isinstance(sums, FactorRows) else None
         if new is not None and side not in state and self._keeps_columns(new, old):
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
             return averaged(old, new, 1.0 - weight, weight)

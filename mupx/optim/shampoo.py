@@ -280,7 +280,9 @@ class Shampoo(Base):
         for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
             name = f"{side}{index}"
             old = factor_in(state, name)
-            if new is not None and name not in state and self._keeps_columns(new, old):
+            # Outside its columns a factor is its ridge alone: without one it has no inverse root there.
+            damped = group[key] > 0
+            if new is not None and damped and name not in state and self._keeps_columns(new, old):
                 self._refresh_columns(state, name, old, new, group[key], gap)
             else:
                 self._refresh_dense(state, name, old, block if side == "L" else block.mT, group[key], gap)

@@ -240,3 +240,15 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FactorRows, "gradient", counted)
     run("kfac trace", "auto")
     assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
+
+
+@pytest.mark.parametrize("name", ["kfac absolute", "shampoo relative"])
+def test_without_a_ridge_factors_are_dense(name: str) -> None:
+    model = net()
+    optimizer = OPTIMIZERS[name](model, "low-rank")
+    for group in optimizer.param_groups:
+        group.update(damping_A=0.0, damping_B=0.0)
+    step_on(model, optimizer, range(1))
+    keys = {key for state in optimizer.state.values() for key in state}
+    assert keys
+    assert not any(key.startswith("values_") for key in keys)
