@@ -157,7 +157,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--optimizers", nargs="+", choices=STARTS, default=["adamw", "kfac"])
+    parser.add_argument("--optimizers", nargs="+", choices=STARTS, default=["sgd", "adamw", "kfac"])
     parser.add_argument("--parametrizations", nargs="+", default=["mup", "sp"])
     parser.add_argument("--multiple", type=int, default=8, help="large width over base width")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="at least two: one judges")
