@@ -34,8 +34,7 @@ class Cholesky(NamedTuple):
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Return (M + ρ I)⁻¹ X for ``[..., d, n]``."""
-        solved = torch.cholesky_solve(X.to(self.lower.dtype), self.lower).to(X.dtype)
-        return self.gain[..., None, None] * solved
+        return self.gain[..., None, None] * torch.cholesky_solve(X, self.lower)
 
     @property
     def flops(self) -> int:
@@ -126,7 +125,8 @@ def _inverse(side: str, factor: Factor, rho: Tensor, solve: bool) -> tuple[Solve
         return lowrank.state_of(side, factor, function), ok
     if solve:
         lower, ok = damped_cholesky(factor, rho)
-        return {f"cholesky_{side}": lower, f"usable_{side}": ok.to(factor.dtype)}, ok
+        # In the factor's precision even after a second try in float64: torch's load_state_dict casts to it.
+        return {f"cholesky_{side}": lower.to(factor.dtype), f"usable_{side}": ok.to(factor.dtype)}, ok
     inverse, ok = damped_inverse(factor, rho)
     return {f"inverse_{side}": inverse}, ok
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mupx.curvature import FactorRows
+from mupx.linalg import add_ridge
 from mupx.optim.base import Base
 from mupx.optim.kfac import KFAC
 from mupx.optim.shampoo import Shampoo
+from mupx.preconditioning import build_solver, precondition
 
 WIDTH, BATCH, STEPS = 24, 4, 12
 Build = Callable[[nn.Module, str], Base]
@@ -252,3 +254,14 @@ def test_without_a_ridge_factors_are_dense(name: str) -> None:
     keys = {key for state in optimizer.state.values() for key in state}
     assert keys
     assert not any(key.startswith("values_") for key in keys)
+
+
+def test_a_cholesky_factor_keeps_the_precision_of_its_weights() -> None:
+    # Float32 alone fails on this factor, so it is factorised in float64; a state dict would cast that.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 40, generator=generator)
+    A = rows.mT @ rows
+    assert bool(torch.linalg.cholesky_ex(add_ridge(A, 1e-9)).info)
+    solver, _ = build_solver(A, torch.eye(2), 1e-9, 0.1, None, "absolute", {"A"})
+    assert {value.dtype for value in solver.values()} == {torch.float32}
+    assert precondition(torch.ones(2, 40), solver).dtype == torch.float32
