@@ -14,50 +14,24 @@ Damping rules, with ρ_A and ρ_B the group's ``damping_A`` and ``damping_B``:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import EagerCapture, FactorRows, FactorSums, Layer, factorable_layers
-from mupx.errors import UsageError
+from mupx.curvature import FactorRows
 from mupx.linalg import Scalar
-from mupx.losses import LOSSES, Loss
-from mupx.lowrank import (
-    CHOLESKY,
-    SMALLEST,
-    SOLVERS,
-    Columns,
-    averaged,
-    factor_in,
-    pays,
-)
-from mupx.optim.base import (
-    DEFAULTS,
-    Base,
-    Groups,
-    Scale,
-    average_weight,
-    finite_or,
-    refresh_interval,
-    require_choice,
-    require_damping_rule,
-    require_refresh,
-    require_whole,
-    running_average,
-    sort_groups,
-    split_ridge,
-)
+from mupx.losses import Loss
+from mupx.lowrank import factor_in
+from mupx.optim.base import Groups, Scale, split_ridge
+from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Factor,
+    Solver,
     build_solver,
-    clear_side,
     precondition,
     precondition_bias,
-    prefers_cholesky,
     ridges,
     side_of,
     size_of,
@@ -67,7 +41,7 @@ from mupx.preconditioning import (
 )
 
 
-class KFAC(Base):
+class KFAC(Kronecker):
     """K-FAC for Linear and ungrouped Conv2d layers; everything else goes to AdamW.
 
     On a refresh step the forward and backward pass must run inside :meth:`curvature`::
@@ -107,17 +81,6 @@ class KFAC(Base):
     """
 
     algorithm = "kfac"
-    kept = (
-        "damping_rule",
-        "fisher",
-        "loss",
-        "solver",
-        "refresh",
-        "staleness",
-        "ema",
-        "generator",
-        "_model",
-    )
 
     def __init__(
         self,
@@ -142,19 +105,9 @@ class KFAC(Base):
         weight_decay_mode: str = "independent",
         generator: torch.Generator | None = None,
     ) -> None:
-        self.damping_rule = require_damping_rule("kfac", damping_rule)
-        self.fisher = require_choice("fisher", fisher, ("empirical", "mc", "exact"))
-        self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
-        self.solver = require_choice("solver", solver, SOLVERS)
-        require_refresh(refresh, staleness, ema)
-        self.refresh, self.staleness = refresh, staleness
-        self.ema, self.generator = ema, generator
         split = damping_rule in ("absolute", "trace")
         ridge_A, ridge_B = split_ridge(damping, damping_ratio if split else 1.0)
-        self._model = model
-        self._read_model()
         defaults = {
-            **DEFAULTS,
             "lr": lr,
             "damping_A": ridge_A,
             "damping_B": ridge_B,
@@ -164,199 +117,43 @@ class KFAC(Base):
             "weight_decay": weight_decay,
             "weight_decay_mode": weight_decay_mode,
         }
-        super().__init__(sort_groups(params, fallback_lr, self._can_factor), defaults)
-
-    def _read_model(self) -> None:
-        self._names = {id(p): name for name, p in self._model.named_parameters()}
-        self._layers = _layers_by_weight(self._model)
-        self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
-        self._sums: dict[str, FactorSums] = {}
-        self._rows: dict[str, FactorSums] = {}
-        self._capture: EagerCapture | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state; a copy finds its own model's layers."""
-        super().__setstate__(state)
-        if "_model" in state:
-            self._read_model()
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Layer name → refreshes at which a factor was zero or not finite (its update is zero)."""
-        weights = [layer.weight for layer in self._layers.values()]
-        counts = {self._name(weight): self.state.get(weight, {}).get("skipped") for weight in weights}
-        return Counter({name: count for name, count in counts.items() if count is not None})
-
-    @property
-    def fallback(self) -> list[str]:
-        """Names of the parameters that AdamW updates, in order."""
-        groups = [g for g in self.param_groups if g["algorithm"] != self.algorithm]
-        return [self._names.get(id(p), "?") for g in groups for p in g["params"]]
-
-    def _can_factor(self, parameter: Tensor) -> bool:
-        owner = self._bias_owner.get(id(parameter))
-        # Without a gradient for its weight a layer's curvature is not kept: such a bias goes to AdamW.
-        return id(parameter) in self._layers or (owner is not None and owner.weight.requires_grad)
-
-    def _name(self, weight: Tensor) -> str:
-        return self._names[id(weight)].removesuffix(".weight")
-
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the coming step updates the factors and so needs :meth:`curvature`."""
-        return bool(self._due())
-
-    def _weights(self) -> list[Tensor]:
-        mine = (p for g in self.param_groups if g["algorithm"] == "kfac" for p in g["params"])
-        return [p for p in mine if id(p) in self._layers and p.requires_grad]
-
-    def _due(self) -> list[Tensor]:
-        return [p for p in self._weights() if self._stale(self.state.get(p, {}))]
-
-    def _watched(self) -> list[Tensor]:
-        """Return the weights whose layers are captured in the coming passes."""
-        return [
-            p
-            for p in self._weights()
-            if self._stale(self.state.get(p, {})) or (self._thin and min(p.flatten(1).shape) >= SMALLEST)
-        ]
+        super().__init__(
+            params,
+            model,
+            defaults,
+            damping_rule=damping_rule,
+            solver=solver,
+            fisher=fisher,
+            loss=loss,
+            refresh=refresh,
+            staleness=staleness,
+            ema=ema,
+            generator=generator,
+            fallback_lr=fallback_lr,
+        )
 
     @property
     def _columns(self) -> bool:
         # Exact damping needs both eigenbases, whole.
-        return self.solver != "dense" and self.damping_rule != "exact"
+        return super()._columns and self.damping_rule != "exact"
 
-    @property
-    def _thin(self) -> bool:
-        # δ of a sampled or exact Fisher is not the gradient's.
-        return self._columns and self.fisher == "empirical"
-
-    def _collector(self, weight: Tensor, due: bool) -> FactorSums:
-        return FactorRows(limit=max(weight.flatten(1).shape), summed=due) if self._columns else FactorSums()
-
-    def _stale(self, state: Mapping[str, Any]) -> bool:
-        step = state.get("step", 0)
-        if "refreshed_at" not in state:
-            return True
-        age: int = step - state["refreshed_at"]
-        return age >= refresh_interval(step, self.refresh, self.staleness)
-
-    @contextmanager
-    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
-        """Capture A and B from the passes inside when a refresh is due, and thin gradients where they pay.
-
-        Args:
-            targets: Targets of the batch, for the loss's normaliser and ignored terms; None means that
-                the loss is a plain mean over the batch dimension.
-            loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
-                scale of a GradScaler.
-        """
-        watched = self._watched()
-        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in watched}
-        if not layers:
-            yield
-            return
-        due = {id(weight) for weight in self._due()}
-        for weight in watched:
-            self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
-        empirical = self.fisher == "empirical"
-        try:
-            with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
-                yield
-        except BaseException:
-            self._sums = {}  # what a broken pass left must not enter the next factors
-            raise
-        finally:
-            self._capture = None
-
-    def update_curvature(self, outputs: Tensor, labels: Tensor | None = None) -> None:
-        """Back-propagate the Monte-Carlo or exact Fisher; call between forward and backward.
-
-        Args:
-            outputs: Model outputs ``[N, …, C]``, attached to the graph.
-            labels: Labels to use instead of sampling them (Monte-Carlo only).
-        """
-        if self._capture is not None and self.fisher != "empirical":
-            self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
-        super().zero_grad(set_to_none)
-        self._sums = {}
-
-    def before_step(self) -> None:
-        """On a refresh step, average the new factors in and rebuild the solvers."""
-        require_whole(self.algorithm, self._weights())
-        self._rows, self._sums = self._sums, {}
-        # Looked up anew: load_state_dict replaces the groups.
-        groups = {id(p): g for g in self.param_groups for p in g["params"]}
-        for weight in self._due():
-            if weight.grad is not None:
-                self._refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
-
-    def _refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
-        state, group = self.state[weight], groups[id(weight)]
-        step = state.get("step", 0)
-        # Outside its columns a factor is its ridge alone: without one it has no inverse there.
-        damped = all(group[key] > 0 for key in ("damping_A", "damping_B"))
-        A, B = (self._average(state, sums, key, damped) for key in "AB")
-        state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
-        bias = self._layers[id(weight)].bias
+    def build_solver(
+        self,
+        factors: Mapping[str, Factor],
+        weight: Tensor,
+        groups: Mapping[int, dict[str, Any]],
+        solved: set[str],
+    ) -> tuple[Solver, Tensor]:
+        """Return both damped inverses, or both eigenbases, and whether both factors are usable."""
+        group, bias = groups[id(weight)], self._layers[id(weight)].bias
         bias_group = None if bias is None else groups.get(id(bias))
         bias_ridge = None if bias_group is None else bias_group["damping_B"]
-        solved = self._solved(weight, sums, step)
-        for side, factor in (("A", A), ("B", B)):
-            clear_side(state, side, keep_columns=isinstance(factor, Columns))
         ridge_A, ridge_B = group["damping_A"], group["damping_B"]
-        solver, ok = build_solver(A, B, ridge_A, ridge_B, bias_ridge, self.damping_rule, solved)
-        state.update(solver, skipped=state.get("skipped", 0) + int(not bool(ok)))
+        A, B = factors["A"], factors["B"]
+        return build_solver(A, B, ridge_A, ridge_B, bias_ridge, self.damping_rule, solved)
 
-    def _solved(self, weight: Tensor, sums: FactorSums, step: int) -> set[str]:
-        """Return the sides that are cheaper to solve with than to invert until the next refresh."""
-        if self.solver == "dense":
-            return set()
-        d_out, d_in = weight.flatten(1).shape
-        kept = sum(map(len, sums.h)) if isinstance(sums, FactorRows) else 0
-        rows = kept if kept and self._thin and min(d_out, d_in) >= SMALLEST else max(d_out, d_in)
-        interval = refresh_interval(step, self.refresh, self.staleness)
-        sizes = {"A": (d_in, min(d_out, rows)), "B": (d_out, min(d_in, rows))}
-        return {side for side, (d, vectors) in sizes.items() if prefers_cholesky(d, vectors, interval)}
-
-    def _average(self, state: dict[str, Any], sums: FactorSums, side: str, damped: bool) -> Factor:
-        """Average one side's new factor in; columns stay columns until they no longer pay."""
-        seen, step = state.get("refreshes", 0), state.get("step", 0)
-        gap = step - state.get("refreshed_at", step)
-        old = factor_in(state, side)
-        new = sums.columns(side) if damped and isinstance(sums, FactorRows) else None
-        if new is not None and side not in state and self._keeps_columns(new, old):
-            weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
-            return averaged(old, new, 1.0 - weight, weight)
-        dense = state.get(side) if old is None else old.columns @ old.columns.mT
-        factor = running_average(dense, sums.factor(side), self.ema, seen, gap)
-        state[side] = finite_or(factor, dense)
-        return factor
-
-    def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
-        d, n = new.shape
-        return self.solver == "low-rank" or pays(d, n, 0 if old is None else old.columns.shape[-1], CHOLESKY)
-
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the momentum of the preconditioned gradient."""
-        state = self.state[parameter]
-        state["step"] = state.get("step", 0) + 1
-        if id(parameter) in self._layers:
-            flat = self._preconditioned(parameter, gradient.flatten(1))
-            return self.momentum(parameter, flat.view_as(gradient), group)
-        weight = self._bias_owner[id(parameter)].weight
-        if weight.grad is None:
-            raise UsageError(
-                f"{self._names[id(parameter)]} trains but {self._names[id(weight)]} does not: a bias uses "
-                "the factor B that is kept with its layer's weight; freeze both, or build the optimizer "
-                "after freezing, from named_parameters(), which gives such a bias to AdamW"
-            )
-        return self.momentum(parameter, precondition_bias(gradient, self.state[weight]), group)
-
-    def _preconditioned(self, weight: Tensor, gradient: Tensor) -> Tensor:
+    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return (B + ρ_B)⁻¹ G (A + ρ_A)⁻¹, by thin products where they pay."""
         state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
         if self._thin and isinstance(rows, FactorRows):
             left, right = side_of(state, "B"), side_of(state, "A")
@@ -366,6 +163,10 @@ class KFAC(Base):
                 if thin is not None:
                     return thin_update(left, *thin, right)
         return precondition(gradient, state)
+
+    def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return (B + ρ_B)⁻¹ g."""
+        return precondition_bias(gradient, self.state[weight])
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return λmax of A and B with their ridges; a bias has B alone.
@@ -393,7 +194,3 @@ class KFAC(Base):
             "B": Scale(sizes["B"], rho_B.item(), traces["B"]),
         }
         return pairs if weight is parameter else {"B": pairs["B"]}
-
-
-def _layers_by_weight(model: nn.Module) -> dict[int, Layer]:
-    return {id(layer.weight): layer for layer in factorable_layers(model).values()}

@@ -49,7 +49,7 @@ OPTIMIZERS: dict[str, Build] = {
 
 @pytest.fixture(autouse=True)
 def wide_means_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kfac", "mupx.optim.shampoo"):
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kronecker", "mupx.optim.shampoo"):
         monkeypatch.setattr(f"{module}.SMALLEST", 8)
 
 
@@ -214,7 +214,7 @@ def test_a_gradient_without_captured_rows_is_preconditioned_all_the_same() -> No
 def test_columns_give_way_to_dense_factors_when_they_no_longer_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mupx.lowrank.TOLERANCE", 0.0)
     monkeypatch.setattr("mupx.preconditioning.TOLERANCE", 0.0)
-    monkeypatch.setattr("mupx.optim.kfac.pays", lambda d, n, r, cost: d == WIDTH and n + r <= 2 * BATCH)
+    monkeypatch.setattr("mupx.optim.kronecker.pays", lambda d, n, r, cost: d == WIDTH and n + r <= 2 * BATCH)
     auto, optimizer = run("kfac trace", "auto")
     kept = [key for key in optimizer.state[auto[2].weight] if key in ("A", "B", "values_A", "values_B")]
     assert sorted(kept) == ["A", "B"]

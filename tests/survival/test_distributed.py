@@ -106,7 +106,7 @@ def test_kfac_refuses_several_processes_and_says_what_works(tmp_path: Path, wrap
 
 def without_refusal(rank: int, ranks: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mupx.optim.kfac.require_whole", lambda *_: None)
+        patch.setattr("mupx.optim.captured.require_whole", lambda *_: None)
         return trained("kfac", {}, replicated, rank, ranks)
 
 

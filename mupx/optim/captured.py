@@ -1,0 +1,238 @@
+"""What the optimizers share whose curvature is captured from the passes: layers, refreshes, the capture.
+
+A layer's curvature lives in the state of its weight, where its bias finds it. An optimizer supplies
+:meth:`Captured.refresh_layer`, which turns what was captured into state, and the two directions
+:meth:`Captured.precondition_weight` and :meth:`Captured.precondition_bias`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mupx.curvature import EagerCapture, FactorSums, Layer, factorable_layers
+from mupx.errors import UsageError
+from mupx.linalg import Scalar
+from mupx.losses import LOSSES, Loss
+from mupx.optim.base import (
+    DEFAULTS,
+    Base,
+    Groups,
+    refresh_interval,
+    require_choice,
+    require_refresh,
+    require_whole,
+    sort_groups,
+)
+
+FISHERS = ("empirical", "mc", "exact")
+
+
+class Captured(Base):
+    """An optimizer for Linear and ungrouped Conv2d layers; everything else goes to AdamW.
+
+    Args:
+        params: Parameters or groups; plain parameters are sorted into its own and fallback by layer.
+        model: The module they belong to.
+        defaults: Group defaults beside :data:`mupx.optim.base.DEFAULTS`.
+        fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
+        loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
+        refresh: Longest interval between updates of the curvature, in steps.
+        staleness: Largest age of the curvature as a fraction of the steps done.
+        ema: Decay per step of the running averages.
+        generator: Source of the Monte-Carlo labels.
+        fallback_lr: AdamW's learning rate for what has no layer.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = (
+        "fisher",
+        "loss",
+        "refresh",
+        "staleness",
+        "ema",
+        "generator",
+        "_model",
+    )
+    bias_needs_weight: ClassVar[bool] = True  # a bias is preconditioned by what lives with its weight
+
+    def __init__(
+        self,
+        params: Groups,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        *,
+        fisher: str,
+        loss: str | Loss,
+        refresh: int,
+        staleness: float,
+        ema: float,
+        generator: torch.Generator | None,
+        fallback_lr: Scalar,
+    ) -> None:
+        self.fisher = require_choice("fisher", fisher, FISHERS)
+        self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
+        require_refresh(refresh, staleness, ema)
+        self.refresh, self.staleness = refresh, staleness
+        self.ema, self.generator = ema, generator
+        self._model = model
+        self._read_model()
+        super().__init__(sort_groups(params, fallback_lr, self._treats), {**DEFAULTS, **defaults})
+
+    def _read_model(self) -> None:
+        self._names = {id(p): name for name, p in self._model.named_parameters()}
+        self._layers = _layers_by_weight(self._model)
+        self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
+        self._sums: dict[str, FactorSums] = {}
+        self._rows: dict[str, FactorSums] = {}
+        self._capture: EagerCapture | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state; a copy finds its own model's layers."""
+        super().__setstate__(state)
+        if "_model" in state:
+            self._read_model()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Layer name → refreshes at which a factor was zero or not finite (its update is zero)."""
+        weights = [layer.weight for layer in self._layers.values()]
+        counts = {self._name(weight): self.state.get(weight, {}).get("skipped") for weight in weights}
+        return Counter({name: count for name, count in counts.items() if count is not None})
+
+    @property
+    def fallback(self) -> list[str]:
+        """Names of the parameters that AdamW updates, in order."""
+        groups = [g for g in self.param_groups if g["algorithm"] != self.algorithm]
+        return [self._names.get(id(p), "?") for g in groups for p in g["params"]]
+
+    def _treats(self, parameter: Tensor) -> bool:
+        owner = self._bias_owner.get(id(parameter))
+        # Without a gradient for its weight a layer's curvature is not kept: such a bias goes to AdamW.
+        return id(parameter) in self._layers or (owner is not None and owner.weight.requires_grad)
+
+    def _name(self, weight: Tensor) -> str:
+        return self._names[id(weight)].removesuffix(".weight")
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the coming step updates the curvature and so needs :meth:`curvature`."""
+        return bool(self._due())
+
+    def _weights(self) -> list[Tensor]:
+        mine = (p for g in self.param_groups if g["algorithm"] == self.algorithm for p in g["params"])
+        return [p for p in mine if id(p) in self._layers and p.requires_grad]
+
+    def _due(self) -> list[Tensor]:
+        return [p for p in self._weights() if self._stale(self.state.get(p, {}))]
+
+    def _watched(self) -> list[Tensor]:
+        """Return the weights whose layers are captured in the coming passes."""
+        return self._due()
+
+    def _collector(self, weight: Tensor, due: bool) -> FactorSums:
+        """Return what collects one layer's rows; ``due`` tells whether its curvature is."""
+        return FactorSums()
+
+    def _stale(self, state: Mapping[str, Any]) -> bool:
+        step = state.get("step", 0)
+        if "refreshed_at" not in state:
+            return True
+        age: int = step - state["refreshed_at"]
+        return age >= refresh_interval(step, self.refresh, self.staleness)
+
+    @contextmanager
+    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
+        """Capture curvature from the passes inside when a refresh is due, and thin gradients where they pay.
+
+        Args:
+            targets: Targets of the batch, for the loss's normaliser and ignored terms; None means that
+                the loss is a plain mean over the batch dimension.
+            loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
+                scale of a GradScaler.
+        """
+        watched = self._watched()
+        layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in watched}
+        if not layers:
+            yield
+            return
+        due = {id(weight) for weight in self._due()}
+        for weight in watched:
+            self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
+        empirical = self.fisher == "empirical"
+        try:
+            with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
+                yield
+        except BaseException:
+            self._sums = {}  # what a broken pass left must not enter the next factors
+            raise
+        finally:
+            self._capture = None
+
+    def update_curvature(self, outputs: Tensor, labels: Tensor | None = None) -> None:
+        """Back-propagate the Monte-Carlo or exact Fisher; call between forward and backward.
+
+        Args:
+            outputs: Model outputs ``[N, …, C]``, attached to the graph.
+            labels: Labels to use instead of sampling them (Monte-Carlo only).
+        """
+        if self._capture is not None and self.fisher != "empirical":
+            self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
+        super().zero_grad(set_to_none)
+        self._sums = {}
+
+    def before_step(self) -> None:
+        """On a refresh step, turn what was captured into state."""
+        require_whole(self.algorithm, self._weights())
+        self._rows, self._sums = self._sums, {}
+        # Looked up anew: load_state_dict replaces the groups.
+        groups = {id(p): g for g in self.param_groups for p in g["params"]}
+        for weight in self._due():
+            if weight.grad is not None:
+                self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
+
+    @abstractmethod
+    def refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Update the curvature in the state of ``weight``.
+
+        Args:
+            weight: Weight of the layer.
+            sums: What the passes of this step captured.
+            groups: Parameter id → its group.
+        """
+
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the momentum of the preconditioned gradient."""
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        if id(parameter) in self._layers:
+            flat = self.precondition_weight(parameter, gradient.flatten(1), group)
+            return self.momentum(parameter, flat.view_as(gradient), group)
+        weight = self._bias_owner[id(parameter)].weight
+        if weight.grad is None and self.bias_needs_weight:
+            raise UsageError(
+                f"{self._names[id(parameter)]} trains but {self._names[id(weight)]} does not: a bias uses "
+                "the factor B that is kept with its layer's weight; freeze both, or build the optimizer "
+                "after freezing, from named_parameters(), which gives such a bias to AdamW"
+            )
+        return self.momentum(parameter, self.precondition_bias(weight, gradient, group), group)
+
+    @abstractmethod
+    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the update of a weight gradient flattened to ``[d_out, d_in]``."""
+
+    @abstractmethod
+    def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the update of a bias gradient ``[d_out]``; ``weight`` is its layer's."""
+
+
+def _layers_by_weight(model: nn.Module) -> dict[int, Layer]:
+    return {id(layer.weight): layer for layer in factorable_layers(model).values()}
