@@ -16,6 +16,7 @@ from typing import Any
 from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
 from mupx.scaling import (
+    NO_DAMPING,
     ROLES,
     LayerScale,
     Role,
@@ -232,10 +233,12 @@ def base_ridges(
 ) -> tuple[float | None, float | None]:
     """Split the one damping ρ into ρ_A = ρ·√ratio and ρ_B = ρ/√ratio, then scale both.
 
-    π and exact damping have a single ρ on the Kronecker product: the ratio does not enter.
+    Where there is a single ridge (one factor, or one ρ on a product, as under π and exact damping) the
+    ratio does not enter.
     """
-    hyper = experiment.hyperparameters
-    split = experiment.optimizer.damping_rule not in ("pi", "exact")
+    hyper, name = experiment.hyperparameters, experiment.optimizer.damping_rule
+    ridges = rule.damping.get(name or rule.default_damping or "", NO_DAMPING)
+    split = name != "pi" and None not in (ridges.A, ridges.B)
     root = math.sqrt(hyper.damping_ratio) if split else 1.0
     ridge_A = None if scale.damping_A is None else hyper.damping * root * scale.damping_A
     ridge_B = None if scale.damping_B is None else hyper.damping / root * scale.damping_B

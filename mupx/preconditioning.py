@@ -47,17 +47,21 @@ Operator = Tensor | LowRank | Cholesky
 
 def ridges(A: Factor, B: Factor, damping_A: Scalar, damping_B: Scalar, rule: str) -> tuple[Tensor, Tensor]:
     """Return the ridges (ρ_A, ρ_B), each ``[...]``, in the units of A ``[..., d, d]`` and of B."""
-    tr_A, tr_B = trace_of(A), trace_of(B)
-    if rule == "trace":
-        return damping_A * tr_A, damping_B * tr_B
     if rule == "pi":
+        tr_A, tr_B = trace_of(A), trace_of(B)
         # Written as products: below a zero head tr B = 0 and π would be infinite.
         mean_A, mean_B = tr_A / _dimension(A), tr_B / _dimension(B)
         tiny = torch.finfo(tr_A.dtype).tiny
         root = torch.as_tensor(damping_B, dtype=tr_A.dtype, device=tr_A.device).sqrt()
         pi = (mean_A.clamp_min(tiny) / mean_B.clamp_min(tiny)).sqrt()
         return root * pi, root / pi
-    return damping_A + torch.zeros_like(tr_A), damping_B + torch.zeros_like(tr_B)
+    return ridge_of(A, damping_A, rule), ridge_of(B, damping_B, rule)
+
+
+def ridge_of(factor: Factor, damping: Scalar, rule: str) -> Tensor:
+    """Return one factor's ridge ``[...]`` in its units: ρ·tr(M) under ``trace``, else ρ itself."""
+    tr = trace_of(factor)
+    return damping * tr if rule == "trace" else damping + torch.zeros_like(tr)
 
 
 def trace_of(factor: Factor) -> Tensor:
@@ -113,12 +117,20 @@ def build_solver(
         return solver, ok
     assert damping_A is not None
     rho_A, rho_B = ridges(A, B, damping_A, damping_B, rule)
-    inverse_A, ok_A = _inverse("A", A, rho_A, "A" in solved)
-    inverse_B, ok_B = _inverse("B", B, rho_B, "B" in solved)
+    inverse_A, ok_A = damped_side("A", A, rho_A, "A" in solved)
+    inverse_B, ok_B = damped_side("B", B, rho_B, "B" in solved)
     return {**inverse_A, **inverse_B}, ok_A & ok_B
 
 
-def _inverse(side: str, factor: Factor, rho: Tensor, solve: bool) -> tuple[Solver, Tensor]:
+def damped_side(side: str, factor: Factor, rho: Tensor, solve: bool) -> tuple[Solver, Tensor]:
+    """Prepare (M + ρ I)⁻¹ of one side for :func:`side_of`, and say whether the factor is usable.
+
+    Args:
+        side: ``"A"`` or ``"B"``.
+        factor: ``[..., d, d]``, or its columns.
+        rho: The ridge in the factor's units, ``[...]``.
+        solve: Keep the Cholesky factor in place of the inverse.
+    """
     if isinstance(factor, Columns):
         factor = lowrank.truncated(factor, TOLERANCE * rho)
         function, ok = lowrank.inverse(factor, rho)

@@ -93,6 +93,8 @@ class DampingScale:
 
 
 UNSCALED_DAMPING = DampingScale(ONE, ONE)
+NO_DAMPING = DampingScale(None, None)
+PRODUCT = Power(r_in=1, r_out=-1, depth=-2)  # λmax(A⊗B), and of whatever it approximates
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class ScalingRule:
         """Return the ridge multipliers under ``damping_rule`` (None: the default one)."""
         name = damping_rule or self.default_damping
         if name is None:
-            return DampingScale(None, None)
+            return NO_DAMPING
         if name not in self.damping:
             raise unknown_name(f"damping rule of {self.name}", name, self.damping)
         return self.damping[name]
@@ -160,23 +162,20 @@ def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, stand
     """Rule of (B + ρ_B)^-e_B G (A + ρ_A)^-e_A: lr r_out^(1-e_B) · r_in^(e_A-1) (IK, Prop. 4.1).
 
     λmax(A) grows as r_in and λmax(B) shrinks as 1/r_out, so an absolute ridge follows them. A ridge
-    relative to the trace or to λmax needs no multiplier. One ridge on A⊗B follows the product. The
-    π-heuristic keeps one absolute ρ: it is offered for comparison and is *not* width-invariant.
+    relative to the trace or to λmax needs no multiplier. With both factors there can be one ridge on A⊗B,
+    which follows the product, and the π-heuristic, which keeps one absolute ρ: it is offered for comparison
+    and is *not* width-invariant.
     """
+    trace = DampingScale(ONE if e_A else None, ONE if e_B else None)
+    absolute = DampingScale(Power(r_in=1) if e_A else None, Power(r_out=-1, depth=-2) if e_B else None)
+    both = {"pi": UNSCALED_DAMPING, "exact": DampingScale(None, PRODUCT)} if e_A and e_B else {}
     return ScalingRule(
         name=name,
         update=update,
         lr=Power(r_in=e_A - 1, r_out=1 - e_B, depth=1 - 2 * e_B),
         source=source,
         standing=standing,  # type: ignore[arg-type]
-        damping={
-            "trace": UNSCALED_DAMPING,
-            "absolute": DampingScale(
-                Power(r_in=1) if e_A else None, Power(r_out=-1, depth=-2) if e_B else None
-            ),
-            "pi": UNSCALED_DAMPING,
-            "exact": DampingScale(None, Power(r_in=1, r_out=-1, depth=-2)),
-        },
+        damping={"trace": trace, "absolute": absolute, **both},
         kinds=FACTORED,
     )
 

@@ -19,10 +19,10 @@ from mupx.datasets.base import Dataset
 from mupx.datasets.given import dataset_from
 from mupx.depth import Source, completed, deepened
 from mupx.errors import MismatchError, MupxError, UsageError
-from mupx.optim import OPTIMIZERS
 from mupx.recipe import Recipe, read
 from mupx.roles import describe
 from mupx.training import Run
+from tests.optim.training import build
 
 CLASSES, D_IN = 5, 12
 
@@ -226,9 +226,8 @@ def moved(name: str, layers: int, seed: int, spoil: Spoiler, **values: Any) -> f
     for group in groups:
         if group["params"][0][0].startswith("blocks"):
             spoil(group, layers / 2)
-    kind = OPTIMIZERS.load(name)
     options = {"damping_rule": values["damping_rule"]} if "damping_rule" in values else {}
-    optimizer = kind(groups, model, **options) if name == "kfac" else kind(groups, **options)
+    optimizer = build(name, groups, model, **options)
     before, first = model.stream(x).detach(), model.input.weight.detach().clone()
     with optimizer.curvature(y):
         nn.functional.cross_entropy(model(x), y).backward()
@@ -273,6 +272,7 @@ EXACT = {"lr": 1e-3, "damping": 0.01, "damping_rule": "exact"}
         ("kfac", TRACE, ("lr", 1), 0.7),
         ("kfac", ABSOLUTE, ("damping_B", 2), 1.2),
         ("kfac", EXACT, ("damping_B", 2), 1.2),
+        ("foof", TRACE, ("lr", -1), 0.7),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "relative"}, ("lr", 1), 0.7),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "absolute"}, ("damping_B", 2), 0.3),
     ],

@@ -12,6 +12,7 @@ OPTIMIZERS = Registry(
         "sgd": "mupx.optim.sgd:SGD",
         "adamw": "mupx.optim.adam:AdamW",
         "kfac": "mupx.optim.kfac:KFAC",
+        "foof": "mupx.optim.foof:FOOF",
         "shampoo": "mupx.optim.shampoo:Shampoo",
     },
 )

@@ -41,7 +41,8 @@ class Captured(Base):
         params: Parameters or groups; plain parameters are sorted into its own and fallback by layer.
         model: The module they belong to.
         defaults: Group defaults beside :data:`mupx.optim.base.DEFAULTS`.
-        fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
+        fisher: ``empirical``, ``mc`` (one sampled label), ``exact`` (all classes), or None where nothing of
+            the backward pass is needed.
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
         refresh: Longest interval between updates of the curvature, in steps.
         staleness: Largest age of the curvature as a fraction of the steps done.
@@ -67,7 +68,7 @@ class Captured(Base):
         model: nn.Module,
         defaults: dict[str, Any],
         *,
-        fisher: str,
+        fisher: str | None,
         loss: str | Loss,
         refresh: int,
         staleness: float,
@@ -75,7 +76,7 @@ class Captured(Base):
         generator: torch.Generator | None,
         fallback_lr: Scalar,
     ) -> None:
-        self.fisher = require_choice("fisher", fisher, FISHERS)
+        self.fisher = None if fisher is None else require_choice("fisher", fisher, FISHERS)
         self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
         require_refresh(refresh, staleness, ema)
         self.refresh, self.staleness = refresh, staleness
@@ -113,8 +114,10 @@ class Captured(Base):
 
     def _treats(self, parameter: Tensor) -> bool:
         owner = self._bias_owner.get(id(parameter))
+        if owner is None or not self.bias_needs_weight:
+            return id(parameter) in self._layers or owner is not None
         # Without a gradient for its weight a layer's curvature is not kept: such a bias goes to AdamW.
-        return id(parameter) in self._layers or (owner is not None and owner.weight.requires_grad)
+        return owner.weight.requires_grad
 
     def _name(self, weight: Tensor) -> str:
         return self._names[id(weight)].removesuffix(".weight")
@@ -181,7 +184,7 @@ class Captured(Base):
             outputs: Model outputs ``[N, …, C]``, attached to the graph.
             labels: Labels to use instead of sampling them (Monte-Carlo only).
         """
-        if self._capture is not None and self.fisher != "empirical":
+        if self._capture is not None and self.fisher in ("mc", "exact"):
             self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mupx.curvature import FactorRows
 from mupx.linalg import add_ridge
 from mupx.optim.base import Base
+from mupx.optim.foof import FOOF
 from mupx.optim.kfac import KFAC
 from mupx.optim.shampoo import Shampoo
 from mupx.preconditioning import build_solver, precondition
@@ -36,6 +37,10 @@ OPTIMIZERS: dict[str, Build] = {
     "kfac batch only": lambda m, s: KFAC(m.parameters(), m, 0.05, damping=0.05, ema=0.0, refresh=1, solver=s),
     "kfac mc": lambda m, s: KFAC(
         m.parameters(), m, 0.05, damping=0.05, fisher="mc", generator=rng(), solver=s
+    ),
+    "foof trace": lambda m, s: FOOF(m.parameters(), m, 0.5, damping=0.05, refresh=3, staleness=1.0, solver=s),
+    "foof absolute": lambda m, s: FOOF(
+        m.parameters(), m, 0.5, damping=0.05, damping_rule="absolute", ema=0.5, solver=s
     ),
     "shampoo relative": lambda m, s: Shampoo(m.parameters(), 0.05, damping=0.01, model=m, solver=s),
     "shampoo absolute": lambda m, s: Shampoo(
@@ -171,7 +176,7 @@ def test_l2_decay_is_part_of_the_gradient(name: str, monkeypatch: pytest.MonkeyP
     assert distance(*models) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["kfac trace", "shampoo relative"])
+@pytest.mark.parametrize("name", ["kfac trace", "foof trace", "shampoo relative"])
 def test_below_a_zero_head_and_after_an_overflow_the_layer_stands_still(name: str) -> None:
     model = net()
     nn.init.zeros_(model[4].weight)  # type: ignore[arg-type]
@@ -244,7 +249,7 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
 
 
-@pytest.mark.parametrize("name", ["kfac absolute", "shampoo relative"])
+@pytest.mark.parametrize("name", ["kfac absolute", "foof absolute", "shampoo relative"])
 def test_without_a_ridge_factors_are_dense(name: str) -> None:
     model = net()
     optimizer = OPTIMIZERS[name](model, "low-rank")

@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
-from mupx.optim.kfac import KFAC
+from mupx.optim.captured import Captured
+
+CAPTURED = [name for name in OPTIMIZERS if issubclass(OPTIMIZERS.load(name), Captured)]
+
+
+def build(name: str, params: Any, model: nn.Module, **options: Any) -> Base:
+    """Build an optimizer; those that capture curvature also want the model."""
+    extra = (model,) if name in CAPTURED else ()
+    optimizer: Base = OPTIMIZERS.load(name)(params, *extra, **options)
+    return optimizer
 
 
 def make(name: str, model: nn.Module, **options: Any) -> Base:
-    """Build an optimizer from named parameters; K-FAC also wants the model."""
-    kind = OPTIMIZERS.load(name)
-    extra = (model,) if kind is KFAC else ()
-    optimizer: Base = kind(model.named_parameters(), *extra, **options)
-    return optimizer
+    """Build an optimizer from named parameters."""
+    return build(name, model.named_parameters(), model, **options)
 
 
 def backward(model: nn.Module, optimizer: Base, x: Tensor, y: Tensor, labels: Tensor | None = None) -> float:

@@ -17,10 +17,12 @@ VALUES: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "adamw": {"lr": 0.01, "weight_decay": 0.01},
     "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "foof": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "shampoo": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
 }
 STRUCTURE: dict[str, dict[str, Any]] = {
     "kfac": {"refresh": 3, "staleness": 1.0},
+    "foof": {"refresh": 3, "staleness": 1.0},
     "shampoo": {"refresh": 3, "staleness": 1.0},
 }
 
@@ -33,7 +35,7 @@ def parametrized(name: str, seed: int = 4, **structure: Any) -> tuple[nn.Sequent
 
 
 def optimizer_of(name: str, groups: Any, model: nn.Module, **structure: Any) -> Base:
-    """Build the optimizer; K-FAC and Shampoo take the model."""
+    """Build the optimizer; those with curvature take the model."""
     more = {"model": model} if name in STRUCTURE else {}
     built: Base = OPTIMIZERS.load(name)(groups, **more, **{**STRUCTURE.get(name, {}), **structure})
     return built

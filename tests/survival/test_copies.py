@@ -16,7 +16,7 @@ from mupx.heads import TiedHead
 from mupx.optim import OPTIMIZERS, SGD
 from mupx.optim.base import Base
 from tests.factories import small_mlp
-from tests.optim.training import batches, make, train
+from tests.optim.training import batches, build, make, train
 from tests.survival import parametrized
 from tests.zoo import TOKENS, tied
 
@@ -136,7 +136,7 @@ def test_loaded_weights_are_never_rescaled(name: str, when: str) -> None:
     groups = mupx.param_groups(model, lr=0.1, **setting)
     if when == "after the groups":
         model.load_state_dict(trained.state_dict())
-    OPTIMIZERS.load(name)(groups, *((model,) if name == "kfac" else ()))
+    build(name, groups, model)
     if when == "after the optimizer":
         model.load_state_dict(trained.state_dict())
     assert same(model, trained)
