@@ -76,6 +76,14 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     return horizontal, horizontal, vertical, vertical
 
 
+def nothing_captured() -> UsageError:
+    """Return the error for a refresh without the passes it needs."""
+    return UsageError(
+        "no curvature captured: run the forward and the backward pass inside `with opt.curvature():`"
+        " (and call `opt.update_curvature(outputs)` for the Monte-Carlo and exact Fisher)"
+    )
+
+
 @dataclass
 class FactorSums:
     """Running sums behind one layer's A and B; adding micro-batches gives the factors of the batch."""
@@ -95,6 +103,10 @@ class FactorSums:
             kept, count = flat * weights, weights.sum()
         self._keep_inputs(kept)
         self.input_count = self.input_count + count
+
+    def add_terms(self, terms: Tensor | float) -> None:
+        """Count the loss's terms of one more pass; its inputs follow."""
+        self.output_count = self.output_count + terms
 
     def add_outputs(self, rows: Tensor, scale: Tensor | float) -> None:
         """Add Σ δ δᵀ for δ = scale · rows, rows ``[N·T, d_out]``."""
@@ -119,10 +131,7 @@ class FactorSums:
         """
         total, count = {"A": (self.inputs, self.input_count), "B": (self.outputs, self.output_count)}[side]
         if total is None:
-            raise UsageError(
-                "no curvature captured: run the forward and the backward pass inside `with opt.curvature():`"
-                " (and call `opt.update_curvature(outputs)` for the Monte-Carlo and exact Fisher)"
-            )
+            raise nothing_captured()
         return total / count
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -255,20 +264,17 @@ class EagerCapture:
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
                 rows = input_rows(module, args[0].detach().to(self._layers[name].weight.dtype))
-                self._sums[name].add_inputs(rows, self._row_mask(rows))
-            terms = rows.shape[0] if self._terms is None else self._terms
-            if name not in self._counted:
-                self._counted.add(name)
-                self._sums[name].output_count = self._sums[name].output_count + terms
+                terms = rows.shape[0] if self._terms is None else self._terms
+                if name not in self._counted:
+                    self._counted.add(name)
+                    self._sums[name].add_terms(terms)
+                self._sums[name].add_inputs(rows, row_mask(self._mask, rows))
             if self._empirical:
                 output.register_hook(lambda g: self._add_delta(name, g, terms / self._loss_scale))
             else:
                 self._edges.append((name, get_gradient_edge(output)))
 
         return record
-
-    def _row_mask(self, rows: Tensor) -> Tensor | None:
-        return row_mask(self._mask, rows)
 
     def _add_delta(self, name: str, gradient: Tensor, scale: Tensor | float) -> None:
         layer = self._layers[name]

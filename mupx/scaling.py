@@ -180,6 +180,25 @@ def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, stand
     )
 
 
+def whole_block(name: str, update: str, source: str) -> ScalingRule:
+    """Rule of (F + ρ)^-1 G with one ridge on F ≈ E[g gᵀ], the block of one tensor: lr 1, ρ as λmax(F).
+
+    The gradients δ hᵀ of two samples have the inner product (δ·δ')(h·h'), of order r_in/r_out, and so has
+    λmax(F); a bias has h = 1. With ρ of that order the update is δ hᵀ · r_out/r_in, which changes every
+    output by (1/r_out)(r_in)(r_out/r_in) = 1. Inside a residual branch δ has 1/depth, so F has 1/depth²
+    and the update depth.
+    """
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(depth=-1),
+        source=source,
+        standing="derived",
+        damping={"trace": DampingScale(None, ONE), "absolute": DampingScale(None, PRODUCT)},
+        kinds=FACTORED,
+    )
+
+
 def shampoo(name: str, E: float, update: str) -> ScalingRule:
     """Rule of L^-e_L G R^-e_R with E = e_L + e_R: lr (r_out/r_in)^(1-E) · blocks^-E (IK, Q)."""
     ridge = Power(r_in=1, r_out=-1, depth=-2, blocks=-1)
@@ -236,6 +255,7 @@ RULES: Mapping[str, ScalingRule] = {
         ),
         kronecker("kfac", 1, 1, "(B+ρ_B)^-1 G (A+ρ_A)^-1", "IK Prop. 4.1", "theorem"),
         kronecker("foof", 1, 0, "G (A+ρ_A)^-1", "derived from IK Prop. 4.1", "derived"),
+        whole_block("ekfac", "Q_B ((Q_Bᵀ G Q_A) / (S + ρ)) Q_Aᵀ", "derived from IK Prop. 4.1"),
         kronecker("backward-only", 0, 1, "(B+ρ_B)^-1 G", "derived from IK Prop. 4.1", "derived"),
         shampoo("shampoo", 0.5, "L^-¼ G R^-¼"),
         shampoo("shampoo-half", 1.0, "L^-½ G R^-½"),

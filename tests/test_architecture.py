@@ -34,6 +34,7 @@ LEVELS = {
     "mupx.linalg": 2,
     "mupx.lowrank": 2,
     "mupx.preconditioning": 3,
+    "mupx.samples": 3,
     "mupx.losses": 2,
     "mupx.plain_loss": 2,
     "mupx.curvature": 3,

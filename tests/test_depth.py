@@ -273,6 +273,8 @@ EXACT = {"lr": 1e-3, "damping": 0.01, "damping_rule": "exact"}
         ("kfac", ABSOLUTE, ("damping_B", 2), 1.2),
         ("kfac", EXACT, ("damping_B", 2), 1.2),
         ("foof", TRACE, ("lr", -1), 0.7),
+        ("ekfac", TRACE, ("lr", 1), 0.7),
+        ("ekfac", EXACT | {"damping_rule": "absolute"}, ("damping_B", 2), 1.2),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "relative"}, ("lr", 1), 0.7),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "absolute"}, ("damping_B", 2), 0.3),
     ],

@@ -1,8 +1,9 @@
 """The order in width of every statistic an update divides by, and of its ridge (IK §4.1, Fig. 2).
 
 Under μP activations are Θ(1) and back-propagated signals 1/r_out per entry, so λmax(A) ∝ r_in,
-λmax(B) ∝ 1/r_out, Shampoo's λmax(L) = λmax(R) ∝ r_in/r_out and Adam's √v̂ ∝ 1/r_out. A ridge must
-follow its statistic: ρ/λmax flat in width. Symbols are those of :meth:`mupx.optim.base.Base.scales`.
+λmax(B) ∝ 1/r_out, λmax(F) of a Fisher or Gauss-Newton block r_in/r_out, Shampoo's λmax(L) = λmax(R) ∝
+r_in/r_out and Adam's √v̂ ∝ 1/r_out. A ridge must follow its statistic: ρ/λmax flat in width. Symbols are
+those of :meth:`mupx.optim.base.Base.scales`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ ORDERS: Mapping[str, Power] = {
     "A": Power(r_in=1),
     "B": Power(r_out=-1),
     "AB": Power(r_in=1, r_out=-1),
+    "F": Power(r_in=1, r_out=-1),
     "L": Power(r_in=1, r_out=-1),
     "R": Power(r_in=1, r_out=-1),
     "v": Power(r_out=-1),
 }
-TRACES = {"A": "tr(A)", "B": "tr(B)", "AB": "tr(A⊗B)", "L": "tr(L)", "R": "tr(R)"}
-SIZES = {"A": "λmax(A)", "B": "λmax(B)", "AB": "λmax(A⊗B)", "L": "λmax(L)", "R": "λmax(R)", "v": "√v"}
-RIDGES = {"A": "ρ_A", "B": "ρ_B", "AB": "ρ", "L": "ρ_L", "R": "ρ_R", "v": "eps"}
+TRACES = {"A": "tr(A)", "B": "tr(B)", "AB": "tr(A⊗B)", "F": "tr(F)", "L": "tr(L)", "R": "tr(R)"}
+SIZES = {
+    "A": "λmax(A)",
+    "B": "λmax(B)",
+    "AB": "λmax(A⊗B)",
+    "F": "λmax(F)",
+    "L": "λmax(L)",
+    "R": "λmax(R)",
+    "v": "√v",
+}
+RIDGES = {"A": "ρ_A", "B": "ρ_B", "AB": "ρ", "F": "ρ", "L": "ρ_L", "R": "ρ_R", "v": "eps"}
 
 
 Sizes = dict[str, dict[str, tuple[float | None, ...]]]

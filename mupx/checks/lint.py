@@ -21,7 +21,8 @@ from mupx.groups import check_groups
 from mupx.layers import Layer, Parameter, derive
 from mupx.training import Run
 
-KRONECKER = ("kfac", "foof", "backward-only", "gauss-newton")
+KRONECKER = ("kfac", "foof", "ekfac", "backward-only", "gauss-newton")
+ONE_BLOCK = ("ekfac", "gauss-newton")  # one ridge on the whole block of a tensor
 FLAT = 0.05  # exponents closer to zero than this are rounding
 # Trace damping ρ'·N → slope of |Δh| at the read-out, one step, K-FAC μP, batch N = 64, up to width 2048.
 UNDER_DAMPED = ((0.0064, -0.56), (0.064, -0.28), (0.19, -0.12), (0.64, -0.01))
@@ -145,7 +146,7 @@ def _trace_damping(experiment: Experiment, wide: Sequence[Layer]) -> Iterator[Fi
     for layer in wide:
         spans = ((layer.damping_A, math.prod(layer.shape[1:])), (layer.damping_B, layer.shape[0]))
         own = [ridge * batch for ridge, size in spans if ridge is not None and size > batch]
-        if own and layer.role != "vector":
+        if own and layer.role != "vector" and layer.optimizer not in ONE_BLOCK:
             shares[layer.name] = math.prod(own) ** (1 / len(own))
     low = {name: share for name, share in shares.items() if share < ENOUGH}
     if low:
@@ -180,7 +181,9 @@ def _pairs(
     rule = experiment.optimizer.damping_rule
     if layer.eps is not None:
         yield "v", layer.eps, base.eps
-    if rule == "absolute":
+    if rule == "absolute" and layer.optimizer in ONE_BLOCK:
+        yield "F", layer.damping_B, base.damping_B
+    elif rule == "absolute":
         A, B = ("R", "L") if layer.optimizer.startswith("shampoo") else ("A", "B")
         yield A, layer.damping_A, base.damping_A
         yield B, layer.damping_B, base.damping_B

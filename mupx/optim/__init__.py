@@ -13,6 +13,7 @@ OPTIMIZERS = Registry(
         "adamw": "mupx.optim.adam:AdamW",
         "kfac": "mupx.optim.kfac:KFAC",
         "foof": "mupx.optim.foof:FOOF",
+        "ekfac": "mupx.optim.ekfac:EKFAC",
         "shampoo": "mupx.optim.shampoo:Shampoo",
     },
 )

@@ -35,9 +35,9 @@ PRUNE_AFTER = 10  # complete trials before the first one may be pruned
 Box = Mapping[str, Range]
 
 # (optimizer, damping rule) → default ranges at the base width: three octaves or more to either side of
-# the optimum that benchmarks/transfer.py finds at width 64. Trace damping stops at 2^-8, and at 2^-10 with
-# a single ridge: far below, the ridge is smaller than the noise of a batch-sized factor, and what is best
-# there does not transfer.
+# the optimum that benchmarks/transfer.py finds at width 64. Trace damping stops at 2^-8 (FOOF 2^-10, EKFAC
+# 2^-14, where one ridge stands for the product of two): far below, the ridge is smaller than the noise of
+# a batch-sized factor, and what is best there does not transfer.
 DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]]] = {
     ("sgd", None): {"lr": (2**-5, 2**3)},
     ("adamw", None): {"lr": (2**-10, 2**-3)},
@@ -47,6 +47,8 @@ DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]
     ("kfac", "exact"): {"lr": (2**-6, 1.0), "damping": (2**-10, 2**-2)},
     ("foof", "trace"): {"lr": (2**-5, 2**2), "damping": (2**-10, 2**-3)},
     ("foof", "absolute"): {"lr": (2**-4, 2**3), "damping": (2**-6, 2**3)},
+    ("ekfac", "trace"): {"lr": (2**-8, 2**-2), "damping": (2**-14, 2**-6)},
+    ("ekfac", "absolute"): {"lr": (2**-7, 1.0), "damping": (2**-10, 1.0)},
     ("shampoo", "relative"): {"lr": (2**-7, 2**-1), "damping": (2**-16, 2**-5)},
     ("shampoo", "absolute"): {"lr": (2**-7, 2**-1), "damping": (2**-24, 2**-8)},
 }

@@ -12,6 +12,8 @@ WIDTHS = (32, 64, 128, 256)
 SETUPS: dict[str, Setup] = {
     "foof, trace": ("foof", "trace", 0.1, 0.01),
     "foof, absolute": ("foof", "absolute", 0.1, 0.3),
+    "ekfac, trace": ("ekfac", "trace", 0.05, 0.01),
+    "ekfac, absolute": ("ekfac", "absolute", 0.05, 0.1),
 }
 # What is spoiled: (role, value, power of the width ratio).
 WRONG: list[tuple[str, tuple[Role, Field, float]]] = [
@@ -20,6 +22,13 @@ WRONG: list[tuple[str, tuple[Role, Field, float]]] = [
     ("foof, trace", ("output", "lr", -1.0)),
     ("foof, trace", ("vector", "lr", -1.0)),
     ("foof, absolute", ("hidden", "damping_A", -1.0)),  # left unscaled
+    ("ekfac, trace", ("input", "lr", 1.0)),  # FOOF's rule
+    ("ekfac, trace", ("hidden", "lr", -0.5)),  # Shampoo's, relative to its exponent at the output
+    ("ekfac, trace", ("output", "lr", -1.0)),  # SGD's rule
+    ("ekfac, trace", ("vector", "lr", -1.0)),
+    ("ekfac, trace", ("hidden", "damping_B", 1.0)),  # a multiple of the mean of S
+    ("ekfac, absolute", ("input", "damping_B", 1.0)),  # left unscaled
+    ("ekfac, absolute", ("vector", "damping_B", 1.0)),
 ]
 
 

@@ -25,6 +25,7 @@ FULL: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.01, "weight_decay_mode": "adamw"},
     "kfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "foof": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
+    "ekfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "shampoo": {"momentum": 0.9, "blocks": 4, "refresh": 3, "staleness": 1.0},
 }
 

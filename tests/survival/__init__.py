@@ -18,11 +18,13 @@ VALUES: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.01, "weight_decay": 0.01},
     "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "foof": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "ekfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "shampoo": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
 }
 STRUCTURE: dict[str, dict[str, Any]] = {
     "kfac": {"refresh": 3, "staleness": 1.0},
     "foof": {"refresh": 3, "staleness": 1.0},
+    "ekfac": {"refresh": 3, "staleness": 1.0},
     "shampoo": {"refresh": 3, "staleness": 1.0},
 }
 
