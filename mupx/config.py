@@ -41,6 +41,11 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 LOSSES = ("cross_entropy", "squared_error")
 SOURCE = "source"
+# What stands in for the fields' own defaults under an optimizer whose authors recommend something else; the
+# same as in its constructor.
+OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "lion": {"optimizer": {"betas": (0.9, 0.99)}},
+}
 
 
 def _known_loss(name: str) -> str:
@@ -313,9 +318,23 @@ class Experiment(_Section):
     depth: DepthConfig = DepthConfig()
     roles: dict[str, RoleEntry] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, document: Any) -> Any:
+        """Fill in what the named optimizer starts from where the document does not say."""
+        optimizer = document.get("optimizer") if isinstance(document, Mapping) else None
+        name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
+        result = document
+        for section, values in OWN_DEFAULTS.get(name if isinstance(name, str) else "", {}).items():
+            given = result.get(section, {})
+            if isinstance(given, Mapping):
+                result = {**result, section: {**values, **given}}
+        return result
+
     def updated(self, changes: Mapping[str, Any]) -> Experiment:
         """Return a copy with dotted keys replaced: ``{"scaling.width": 1024}``."""
-        return parse(merge(self.model_dump(), changes))
+        # Only what was said: the rest may have another default under another optimizer.
+        return parse(merge(self.model_dump(exclude_unset=True), changes))
 
     @property
     def run_name(self) -> str:

@@ -15,7 +15,7 @@ arXiv:2407.05872; derived = derived for mupx, checked by one-step slopes up to w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
@@ -243,7 +243,8 @@ RULES: Mapping[str, ScalingRule] = {
     for rule in (
         ScalingRule("sgd", "G", Power(r_in=-1, r_out=1, depth=1), "IK; TP5 table 8", "cross-checked"),
         sign_like("adamw", "m / (√v + eps)", "TP5 table 8; Q; E"),
-        sign_like("lion", "sign(m)", "TP5; E"),
+        replace(sign_like("lion", "sign(m)", "TP5; E"), eps=None, standing="cross-checked"),
+        replace(sign_like("adam-atan2", "a · atan2(m, b √v)", "TP5 table 8; E"), eps=None),
         ScalingRule(
             "lamb",
             "‖W‖/‖u‖ · u, u = m / (√v + eps)",

@@ -141,3 +141,29 @@ def adam_entries(gradients: list[list[float]], betas: tuple[float, float], eps: 
             row.append(m[i] / (1 - betas[0] ** t) / (math.sqrt(v[i] / (1 - betas[1] ** t)) + eps))
         directions.append(row)
     return directions
+
+
+def lion_entries(gradients: list[list[float]], betas: tuple[float, float]) -> list[list[float]]:
+    """Lion's directions entry by entry, in plain Python."""
+    m, directions = [0.0] * len(gradients[0]), []
+    for gradient in gradients:
+        mixed = [betas[0] * a + (1 - betas[0]) * g for a, g in zip(m, gradient, strict=True)]
+        directions.append([float((c > 0) - (c < 0)) for c in mixed])
+        m = [betas[1] * a + (1 - betas[1]) * g for a, g in zip(m, gradient, strict=True)]
+    return directions
+
+
+def atan2_entries(
+    gradients: list[list[float]], betas: tuple[float, float], a: float, b: float
+) -> list[list[float]]:
+    """Adam-atan2's directions entry by entry, in plain Python."""
+    size = len(gradients[0])
+    m, v, directions = [0.0] * size, [0.0] * size, []
+    for t, gradient in enumerate(gradients, start=1):
+        row = []
+        for i, g in enumerate(gradient):
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+            row.append(a * math.atan2(m[i] / (1 - betas[0] ** t), b * math.sqrt(v[i] / (1 - betas[1] ** t))))
+        directions.append(row)
+    return directions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 import warnings
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mupx.config import Experiment
+from mupx.config import Experiment, parse
 from mupx.errors import MismatchError, UsageError
 from mupx.groups import check_groups, make_groups
 from mupx.layers import derive
@@ -29,6 +30,7 @@ from mupx.parametrization import (
 )
 from mupx.recipe import Recipe
 from mupx.roles import describe
+from mupx.scaling import RULES
 from tests.factories import Everything, cnn, mlp3, mlp_uneven, small_cnn, small_mlp, tanh_mlp
 from tests.oracles import golden_json
 
@@ -388,7 +390,7 @@ def test_a_model_of_another_width_is_refused() -> None:
 def test_default_damping_rule_is_filled_in() -> None:
     for name in OPTIMIZERS:
         rule = resolved(Experiment.model_validate({"optimizer": {"name": name}})).optimizer.damping_rule
-        assert (rule is None) == (name in ("sgd", "adamw"))
+        assert rule == next(iter(RULES[name].damping), None)
 
 
 @pytest.mark.parametrize(
@@ -432,3 +434,24 @@ def test_a_recipe_gives_groups_to_a_model_that_exists():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(MismatchError, match="built at another width"):
         recipe.apply(small_mlp(8))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_configuration_starts_from_what_the_constructor_does(name: str) -> None:
+    accepted = inspect.signature(OPTIMIZERS.load(name)).parameters
+    chosen = parse({"optimizer": {"name": name}})
+    for key, value in (
+        ("betas", chosen.optimizer.betas),
+        ("momentum", chosen.hyperparameters.momentum),
+        ("eps", chosen.hyperparameters.eps),
+    ):
+        assert key not in accepted or accepted[key].default == value
+
+
+def test_what_a_configuration_says_wins_over_an_optimizers_own_default() -> None:
+    given = {"optimizer": {"name": "lion", "betas": (0.5, 0.6)}}
+    assert parse(given).optimizer.betas == (0.5, 0.6)
+    assert parse({}).optimizer.betas == (0.9, 0.999)
+    assert Experiment().updated({"optimizer.name": "lion"}).optimizer.betas == (0.9, 0.99)
+    _, groups = parametrize(small_mlp, width=16, base_width=8, optimizer="lion", lr=0.1)
+    assert groups[0]["betas"] == (0.9, 0.99)

@@ -11,6 +11,8 @@ OPTIMIZERS = Registry(
     {
         "sgd": "mupx.optim.sgd:SGD",
         "adamw": "mupx.optim.adam:AdamW",
+        "lion": "mupx.optim.lion:Lion",
+        "adam-atan2": "mupx.optim.adam_atan2:AdamAtan2",
         "kfac": "mupx.optim.kfac:KFAC",
         "foof": "mupx.optim.foof:FOOF",
         "ekfac": "mupx.optim.ekfac:EKFAC",

@@ -41,6 +41,8 @@ Box = Mapping[str, Range]
 DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]]] = {
     ("sgd", None): {"lr": (2**-5, 2**3)},
     ("adamw", None): {"lr": (2**-10, 2**-3)},
+    ("lion", None): {"lr": (2**-12, 2**-4)},
+    ("adam-atan2", None): {"lr": (2**-10, 2**-3)},
     ("kfac", "absolute"): {"lr": (2**-6, 1.0), "damping": (2**-6, 2.0)},
     ("kfac", "trace"): {"lr": (2**-8, 2**-1), "damping": (2**-8, 2**-3)},
     ("kfac", "pi"): {"lr": (2**-6, 1.0), "damping": (2**-10, 2**-2)},
@@ -52,6 +54,7 @@ DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]
     ("shampoo", "relative"): {"lr": (2**-7, 2**-1), "damping": (2**-16, 2**-5)},
     ("shampoo", "absolute"): {"lr": (2**-7, 2**-1), "damping": (2**-24, 2**-8)},
 }
+BETAS = frozenset({"adamw", "lion", "adam-atan2"})  # their momentum is `optimizer.betas`
 # Ranges around the base model's own values; the last column says whether the scale is logarithmic.
 ROLE_RANGES: Mapping[str, tuple[float, float, bool]] = {
     "lr_mult_input": (0.125, 8.0, True),
@@ -97,15 +100,15 @@ def space_of(experiment: Experiment) -> dict[str, Range]:
 def role_space(experiment: Experiment) -> dict[str, Range]:
     """Return ranges for what transfers besides lr and damping: role multipliers, output scale, momentum.
 
-    A range is moved so that the experiment's own value stays inside; AdamW, whose momentum is
-    ``optimizer.betas``, has no momentum range.
+    A range is moved so that the experiment's own value stays inside; an optimizer whose momentum is
+    ``optimizer.betas`` has no momentum range.
     """
     hyper = experiment.hyperparameters
-    adam = experiment.optimizer.scaling_rule.name == "adamw"
+    by_betas = experiment.optimizer.scaling_rule.name in BETAS
     return {
         name: Range(low=min(low, getattr(hyper, name)), high=max(high, getattr(hyper, name)), log=log)
         for name, (low, high, log) in ROLE_RANGES.items()
-        if not (adam and name == "momentum")
+        if not (by_betas and name == "momentum")
     }
 
 

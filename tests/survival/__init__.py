@@ -16,6 +16,8 @@ from tests.factories import small_mlp
 VALUES: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "adamw": {"lr": 0.01, "weight_decay": 0.01},
+    "lion": {"lr": 0.003, "weight_decay": 0.01},
+    "adam-atan2": {"lr": 0.01, "weight_decay": 0.01},
     "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "foof": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "ekfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},

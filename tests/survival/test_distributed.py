@@ -19,7 +19,14 @@ from tests.optim.training import CAPTURED, batches
 from tests.survival import VALUES, optimizer_of
 
 RANKS, STEPS = 2, 4
-SOLVERS = [("adamw", {}), ("sgd", {}), ("shampoo", {"solver": "dense"}), ("shampoo", {"solver": "low-rank"})]
+SOLVERS = [
+    ("adamw", {}),
+    ("adam-atan2", {}),
+    ("lion", {}),
+    ("sgd", {}),
+    ("shampoo", {"solver": "dense"}),
+    ("shampoo", {"solver": "low-rank"}),
+]
 
 
 def replicated(model: nn.Sequential) -> nn.Module:

@@ -1,0 +1,101 @@
+"""Adam-atan2: Adam whose quotient is an arc tangent, so that it needs no eps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mupx.errors import UsageError
+from mupx.linalg import Scalar
+from mupx.optim.base import DEFAULTS, Base, Groups, Scale
+
+
+def atan2_direction(
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: int,
+    betas: Sequence[float],
+    a: float,
+    b: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (u, m, v): u = a · atan2(m̂, b √v̂) with m, v the running means of g and g².
+
+    Args:
+        gradient: g, ``[..., *shape]``.
+        mean: m before this step, zeros at first.
+        square: v before this step, zeros at first.
+        step: Steps including this one, from 1.
+        betas: Decay rates of m and v.
+        a: Factor on the angle; the largest entry is a·π/2.
+        b: Factor on √v̂; Adam's update is the limit b → ∞ at a = b.
+    """
+    beta1, beta2 = betas
+    mean = torch.lerp(mean, gradient, 1 - beta1)
+    square = torch.lerp(square, gradient.square(), 1 - beta2)
+    root = square.sqrt() / math.sqrt(1 - beta2**step)
+    return a * torch.atan2(mean / (1 - beta1**step), b * root), mean, square
+
+
+class AdamAtan2(Base):
+    """Adam-atan2: u = a · atan2(m̂, b √v̂), the same for a gradient times any constant.
+
+    Nothing is compared with an absolute number, so a gradient that shrinks with width needs no multiplier
+    and cannot fall below one. With a = 4/π and b = 1 the update is 1 where m̂ = √v̂, as Adam's is.
+    Width rule (arXiv:2407.05872, 2203.03466): lr × 1/r_in.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        betas: Decay rates of the two running means.
+        a: Factor on the angle.
+        b: Factor on √v̂.
+        weight_decay: λ under ``weight_decay_mode``: ``independent``, ``adamw`` (lr·λ) or ``l2``.
+        weight_decay_mode: The decay convention.
+
+    Raises:
+        UsageError: ``a`` or ``b`` is not a finite positive number.
+
+    Source: K. Everett et al., "Scaling Exponents Across Parameterizations and Optimizers", arXiv:2407.05872.
+    """
+
+    algorithm = "adam-atan2"
+    kept = ("a", "b")
+
+    def __init__(
+        self,
+        params: Groups,
+        lr: Scalar = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        a: float = 4 / math.pi,
+        b: float = 1.0,
+        weight_decay: float = 0.0,
+        weight_decay_mode: str = "independent",
+    ) -> None:
+        for name, value in (("a", a), ("b", b)):
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a finite number > 0, got {value}")
+        self.a, self.b = a, b
+        chosen = {"betas": betas, "weight_decay": weight_decay, "weight_decay_mode": weight_decay_mode}
+        super().__init__(params, {**DEFAULTS, "lr": lr, **chosen})
+
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return a · atan2(m̂, b √v̂)."""
+        state = self.state[parameter]
+        step = state["step"] = state.get("step", 0) + 1
+        zeros = torch.zeros_like(gradient)
+        mean, square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
+        update, state["exp_avg"], state["exp_avg_sq"] = atan2_direction(
+            gradient, mean, square, step, group["betas"], self.a, self.b
+        )
+        return update
+
+    def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
+        """Return the RMS of √v̂, which nothing is added to."""
+        found = super().scales(parameter, group)
+        return {symbol: scale._replace(ridge=None) for symbol, scale in found.items()}
