@@ -45,6 +45,7 @@ SOURCE = "source"
 # same as in its constructor.
 OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "lion": {"optimizer": {"betas": (0.9, 0.99)}},
+    "muon": {"hyperparameters": {"momentum": 0.95, "eps": 1e-7}},
 }
 
 
@@ -85,7 +86,7 @@ class OptimizerConfig(_Section):
     never older than the fraction ``staleness`` of the steps done. ``solver`` says how factors are kept
     and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
     rounding. An optimizer of your own follows the width
-    ``rule`` named here and takes ``args`` besides its hyperparameters.
+    ``rule`` named here; ``args`` are further arguments of the constructor of any.
     """
 
     name: str = "kfac"

@@ -212,6 +212,7 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
         )
     module, _, attribute = OPTIMIZERS[name].partition(":")
     offered: dict[str, Any] = {
+        **chosen.args,
         "damping_rule": chosen.damping_rule or chosen.scaling_rule.default_damping,
         "loss": experiment.train.loss,
         **{key: getattr(chosen, key) for key in STRUCTURE},
@@ -264,6 +265,7 @@ def _param_groups(form: Form) -> str:
 def _row(layer: Layer, named: bool) -> str:
     values = {key: value for key in VALUES if (value := getattr(layer, key)) is not None}
     about = {"algorithm": layer.optimizer, "role": layer.role, "r_in": layer.r_in, "r_out": layer.r_out}
+    about["reference_shape"] = tuple(layer.reference_shape)
     row = {"shape": tuple(layer.shape), **(about if named else {}), **values}
     note = "" if named else f"  # {layer.role}, r_in {layer.r_in:g}, r_out {layer.r_out:g}"
     return f"    {layer.name!r}: {row!r},{note}"

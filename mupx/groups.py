@@ -48,6 +48,7 @@ def make_groups(model: nn.Module, layers: Sequence[Layer], experiment: Experimen
             "role": layer.role,
             "r_in": layer.r_in,
             "r_out": layer.r_out,
+            "reference_shape": layer.reference_shape,
             "table_lr": layer.lr,
             **{key: value for key in CHECKED if (value := getattr(layer, key)) is not None},
             "betas": optimizer.betas,

@@ -32,6 +32,7 @@ INTERNAL = (
     "tied_head",
     "logit_scale",
     "depth",
+    "reference_shape",
 )  # fields of a Layer that are no column of the table
 
 
@@ -121,11 +122,13 @@ class Layer:
     eps: float | None
     weight_decay: float
     # Not columns: what a draw of the base shape has by itself, and what multiplies a tied head's
-    # logits, and depth over base depth inside a residual branch.
+    # logits, depth over base depth inside a residual branch, and the shape at which an update that scales
+    # itself by shape does so: the base shape, as growth is the rule's; the tensor's own where nothing scales.
     base_std: float = field(repr=False)
     tied_head: str = field(default="", repr=False)
     logit_scale: float = field(default=1.0, repr=False)
     depth: float = field(default=1.0, repr=False)
+    reference_shape: Shape = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as a dictionary in table order."""
@@ -203,6 +206,7 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
         tied_head=parameter.tied_head,
         logit_scale=1 / r_out if parameter.tied_head and law.scaled else 1.0,
         depth=parameter.depth,
+        reference_shape=parameter.shape if law.scaled else shape,
     )
 
 

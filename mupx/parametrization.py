@@ -116,7 +116,8 @@ def build_optimizer(
         group["algorithm"] = kind.algorithm if group["algorithm"] == rule.name else group["algorithm"]
     args = experiment.optimizer.args
     accepted = signature(kind)
-    refuse_unknown(f"optimizer {name}", args, accepted, offered=("params", *offered))
+    keys = (*Hyperparameters.model_fields, *OptimizerConfig.model_fields)  # the groups carry their values
+    refuse_unknown(f"optimizer {name}", args, accepted, offered=("params", *offered, *keys))
     with own(name, lambda: f"made with ({arguments(args)})"):
         built: Base = kind(groups, **{k: v for k, v in offered.items() if k in accepted}, **args)
     return built

@@ -170,10 +170,8 @@ def with_rule(experiment: Experiment) -> Experiment:
     if is_reference(name) and experiment.optimizer.rule is None:
         stated = getattr(find_optimizer(name), "rule", None)
         experiment = experiment.updated({"optimizer.rule": stated})
-    if not is_reference(name) and (experiment.optimizer.rule or experiment.optimizer.args):
-        raise UsageError(
-            f"{name} takes no optimizer.rule or optimizer.args: they are for an optimizer of your own"
-        )
+    if not is_reference(name) and experiment.optimizer.rule:
+        raise UsageError(f"{name} takes no optimizer.rule: it is for an optimizer of your own")
     experiment.optimizer.scaling_rule  # noqa: B018 - raises where there is none
     return experiment
 

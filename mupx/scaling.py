@@ -156,6 +156,8 @@ class LayerScale:
 
 FACTORED = frozenset({"linear", "linear.bias", "conv2d", "conv2d.bias"})
 MATRICES = frozenset({"linear", "conv2d", "conv", "embedding", "matrix"})
+# A look-up table has no use for the singular values of its gradient: few of its rows are not zero.
+PRODUCTS = MATRICES - {"embedding"}
 
 
 def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, standing: str) -> ScalingRule:
@@ -260,7 +262,7 @@ RULES: Mapping[str, ScalingRule] = {
         kronecker("backward-only", 0, 1, "(B+ρ_B)^-1 G", "derived from IK Prop. 4.1", "derived"),
         shampoo("shampoo", 0.5, "L^-¼ G R^-¼"),
         shampoo("shampoo-half", 1.0, "L^-½ G R^-½"),
-        orthogonal("muon", "U Vᵀ of G = U Σ Vᵀ", "Q; Z", "cross-checked"),
+        replace(orthogonal("muon", "U Vᵀ of G = U Σ Vᵀ", "Q; Z", "cross-checked"), kinds=PRODUCTS),
         orthogonal("soap", "Adam in the eigenbasis of L and R", "Q; Z", "cross-checked"),
         orthogonal("psgd", "Q_Lᵀ Q_L G Q_Rᵀ Q_R, whitening fit", "derived", "derived"),
         ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),

@@ -71,7 +71,7 @@ MEANINGS: Mapping[str, str] = {
     "data.dir": "Folder that holds the data set's files.",
     "data.args": "Further arguments of the loader.",
     "optimizer.rule": "Width rule of an optimizer of your own: one of mupx rules.",
-    "optimizer.args": "Further arguments of an optimizer of your own.",
+    "optimizer.args": "Further arguments of the optimizer.",
     "optimizer.name": "The optimizer; its width rule: mupx rules NAME.",
     "optimizer.damping_rule": "What damping is relative to; the optimizer's own default when left out.",
     "optimizer.fisher": "Labels of K-FAC's curvature: the data's, drawn from the model, or all of them.",

@@ -143,6 +143,17 @@ def adam_entries(gradients: list[list[float]], betas: tuple[float, float], eps: 
     return directions
 
 
+def orthogonalised(
+    G: np.ndarray[Any, Any], steps: int, coefficients: tuple[float, float, float]
+) -> np.ndarray[Any, Any]:
+    """U q(Σ) Vᵀ of G / ‖G‖_F = U Σ Vᵀ, where q repeats σ → a σ + b σ³ + c σ⁵, by singular values."""
+    a, b, c = coefficients
+    U, sigma, Vh = np.linalg.svd(G / np.sqrt((G * G).sum()), full_matrices=False)
+    for _ in range(steps):
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return np.asarray(U @ np.diag(sigma) @ Vh)
+
+
 def lion_entries(gradients: list[list[float]], betas: tuple[float, float]) -> list[list[float]]:
     """Lion's directions entry by entry, in plain Python."""
     m, directions = [0.0] * len(gradients[0]), []

@@ -108,6 +108,7 @@ CASES = {
     "adamw-l2": ("adamw", {**DECAYING, "optimizer__weight_decay_mode": "l2"}, "Adam"),
     "kfac": ("kfac", {**DECAYING, "hyperparameters__momentum": 0.5}, None),
     "shampoo": ("shampoo", {**DECAYING, "hyperparameters__momentum": 0.5}, None),
+    "muon": ("muon", DECAYING, None),
 }
 TORCH = [name for name, case in CASES.items() if case[2]]
 
@@ -154,7 +155,7 @@ def test_another_weight_decay_or_momentum_would_be_seen(case: str, other: str, w
     assert not torch.allclose(without_mupx[other]["trained"][name], trained[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", ["kfac", "shampoo"])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case[2]])
 def test_the_groups_of_a_second_order_recipe_are_those_of_mupx(case: str, without_mupx: Any) -> None:
     source = recipe(case, **CASES[case][1])
     wanted = make_groups(drawn(32), source.layers, source.experiment)
@@ -163,16 +164,18 @@ def test_the_groups_of_a_second_order_recipe_are_those_of_mupx(case: str, withou
         assert ours == theirs
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "shampoo"])
-def test_where_mupx_is_installed_the_file_makes_its_optimizer(optimizer: str) -> None:
-    source = recipe(optimizer, optimizer__ema=0.8, **{"optimizer__refresh": 3})
+@pytest.mark.parametrize(
+    ("optimizer", "args"), [("kfac", {}), ("shampoo", {}), ("muon", {"nesterov": False, "ns_steps": 3})]
+)
+def test_where_mupx_is_installed_the_file_makes_its_optimizer(optimizer: str, args: dict[str, Any]) -> None:
+    source = recipe(optimizer, optimizer__ema=0.8, optimizer__refresh=3, optimizer__args=args)
     space: dict[str, Any] = {}
     exec(to_torch(source), space)
     made = space["make_optimizer"](drawn(32))
     ours = build_optimizer(drawn(32), source.layers, source.experiment)
     check_groups(made, source.layers)
     assert type(made) is type(ours)
-    for setting in ("ema", "refresh", "damping_rule", "fisher"):
+    for setting in ("ema", "refresh", "damping_rule", "fisher", "nesterov", "ns_steps"):
         assert getattr(made, setting, None) == getattr(ours, setting, None)
 
 

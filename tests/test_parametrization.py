@@ -449,9 +449,29 @@ def test_a_configuration_starts_from_what_the_constructor_does(name: str) -> Non
 
 
 def test_what_a_configuration_says_wins_over_an_optimizers_own_default() -> None:
-    given = {"optimizer": {"name": "lion", "betas": (0.5, 0.6)}}
-    assert parse(given).optimizer.betas == (0.5, 0.6)
-    assert parse({}).optimizer.betas == (0.9, 0.999)
-    assert Experiment().updated({"optimizer.name": "lion"}).optimizer.betas == (0.9, 0.99)
+    given = {"optimizer": {"name": "muon"}, "hyperparameters": {"momentum": 0.5}}
+    assert parse(given).hyperparameters.momentum == 0.5
+    assert parse(given).hyperparameters.eps == 1e-7
+    assert parse({}).hyperparameters.momentum == 0.0
+    updated = parse(given).updated({"hyperparameters.lr": 1.0})
+    assert updated.hyperparameters.momentum == 0.5
+    assert Experiment().updated({"optimizer.name": "muon"}).hyperparameters.momentum == 0.95
     _, groups = parametrize(small_mlp, width=16, base_width=8, optimizer="lion", lr=0.1)
     assert groups[0]["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"nesterof": True}, "optimizer muon takes no argument 'nesterof' .*nesterov"),
+        ({"momentum": 0.5}, "takes no argument 'momentum'"),  # hyperparameters.momentum, in every group
+        ({"parts": {"2.weight": 3}}, "cannot be cut into 3 equal parts"),
+    ],
+)
+def test_arguments_of_a_registered_optimizer_reach_it(args: dict[str, Any], said: str) -> None:
+    model = small_mlp(16)
+    layers = derive(describe(small_mlp, 8), experiment_from(width=16, base_width=8, optimizer="muon"))
+    good = experiment_from(width=16, base_width=8, optimizer="muon", args={"nesterov": False})
+    assert build_optimizer(model, layers, good).nesterov is False  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=said):
+        build_optimizer(model, layers, good.updated({"optimizer.args": args}))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mupx.checks.curvature_orders import ORDERS, RIDGES, SIZES
+from mupx.checks.curvature_orders import BESIDE_EPS, ORDERS, RIDGES, SIZES
 from mupx.config import Experiment
 from mupx.errors import MismatchError
 from mupx.groups import check_groups
@@ -166,7 +166,7 @@ def _ridges(experiment: Experiment, base: Sequence[Layer], wide: Sequence[Layer]
                 worst[symbol] = (off, layer.name)
     for symbol, (off, name) in worst.items():
         yield Finding(
-            "unscaled-eps" if symbol == "v" else "unscaled-ridge",
+            "unscaled-eps" if RIDGES[symbol] == "eps" else "unscaled-ridge",
             "warning",
             f"{RIDGES[symbol]} does not follow {SIZES[symbol]}: their ratio at {name} goes as "
             f"width^{off:+.2g}; under parametrization mup it is flat, and a relative damping rule needs no "
@@ -180,7 +180,7 @@ def _pairs(
 ) -> Iterator[tuple[str, float | None, float | None]]:
     rule = experiment.optimizer.damping_rule
     if layer.eps is not None:
-        yield "v", layer.eps, base.eps
+        yield BESIDE_EPS.get(layer.optimizer, "v"), layer.eps, base.eps
     if rule == "absolute" and layer.optimizer in ONE_BLOCK:
         yield "F", layer.damping_B, base.damping_B
     elif rule == "absolute":

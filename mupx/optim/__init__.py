@@ -13,6 +13,7 @@ OPTIMIZERS = Registry(
         "adamw": "mupx.optim.adam:AdamW",
         "lion": "mupx.optim.lion:Lion",
         "adam-atan2": "mupx.optim.adam_atan2:AdamAtan2",
+        "muon": "mupx.optim.muon:Muon",
         "kfac": "mupx.optim.kfac:KFAC",
         "foof": "mupx.optim.foof:FOOF",
         "ekfac": "mupx.optim.ekfac:EKFAC",

@@ -169,10 +169,19 @@ class Base(torch.optim.Optimizer):
         update = direct(parameter, gradient, group)
         if not (isinstance(factor, float) and factor == 1.0):
             parameter.mul_(factor)
+        lr = lr if fallback else self.step_size(parameter, group)
         if isinstance(lr, Tensor):
             parameter.sub_(lr.to(update.dtype) * update)
         else:
             parameter.add_(update, alpha=-lr)
+
+    def step_size(self, parameter: Tensor, group: dict[str, Any]) -> Scalar:
+        """Return what multiplies the direction: the lr, times a scale of the optimizer's own if it has one.
+
+        Weight decay follows the lr alone.
+        """
+        lr: Scalar = group["lr"]
+        return lr
 
     def adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Adam's direction: the whole of AdamW, and the fallback of the others."""

@@ -25,6 +25,7 @@ FULL: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.01, "weight_decay_mode": "adamw"},
     "lion": {"lr": 0.005, "weight_decay": 0.01},
     "adam-atan2": {"weight_decay": 0.01},
+    "muon": {"weight_decay": 0.01},
     "kfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "foof": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "ekfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},

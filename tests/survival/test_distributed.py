@@ -23,6 +23,7 @@ SOLVERS = [
     ("adamw", {}),
     ("adam-atan2", {}),
     ("lion", {}),
+    ("muon", {}),
     ("sgd", {}),
     ("shampoo", {"solver": "dense"}),
     ("shampoo", {"solver": "low-rank"}),
