@@ -22,6 +22,7 @@ LEVELS = {
     "mupx.files": 0,
     "mupx.mounts": 0,
     "mupx.interrupts": 0,
+    "mupx.refresh": 0,
     "mupx.config": 1,
     "mupx.layers": 1,
     "mupx.interop": 1,

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, over
+from mupx.refresh import Refresh as Refresh
+from mupx.refresh import refresh_interval as refresh_interval
+from mupx.refresh import require_refresh as require_refresh
 from mupx.scaling import WeightDecayMode, find_rule
 
 Groups = Iterable[Any]
@@ -263,24 +266,6 @@ def finite_or(new: Tensor, old: Tensor | None) -> Tensor | None:
     """Return ``new``, or ``old`` where an overflow would otherwise stay in a running statistic for ever."""
     low, high = new.aminmax()
     return new if bool(low.isfinite() & high.isfinite()) else old
-
-
-def refresh_interval(step: int, refresh: int, staleness: float) -> int:
-    """Return how many steps curvature may serve at ``step`` (from 0): min(refresh, staleness · step) ≥ 1.
-
-    Curvature changes fastest at the start: an interval that grows with the step keeps its relative age
-    constant, and costs a number of extra refreshes that does not depend on the length of the run.
-    benchmarks/refresh.py compares it with the alternatives.
-    """
-    return max(1, min(refresh, int(staleness * step)))
-
-
-def require_refresh(refresh: int, staleness: float, ema: float) -> None:
-    """Check the refresh schedule and the window of the running average."""
-    if refresh < 1 or not 0 < staleness <= 1 or not 0 <= ema < 1:
-        raise UsageError(
-            f"refresh must be ≥ 1, 0 < staleness ≤ 1 and 0 ≤ ema < 1, got {refresh=}, {staleness=}, {ema=}"
-        )
 
 
 def sort_groups(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +15,6 @@ from mupx.optim.base import (
     finite_or,
     heavy_ball,
     over,
-    refresh_interval,
     running_average,
     sort_groups,
     split_ridge,
@@ -98,24 +95,6 @@ def test_what_is_not_finite_stays_out() -> None:
     assert finite_or(good, None) is good
     assert finite_or(bad, good) is good
     assert finite_or(bad, None) is None
-
-
-@given(st.integers(0, 10**6), st.integers(1, 1000), st.floats(0.001, 1))
-def test_refresh_interval_is_bounded_and_never_shrinks(step: int, refresh: int, staleness: float) -> None:
-    first, second = (refresh_interval(s, refresh, staleness) for s in (step, step + 1))
-    assert 1 <= first <= second <= refresh
-    assert first == 1 or first <= staleness * step
-
-
-def test_refresh_steps_thin_out() -> None:
-    steps = [0]
-    for step in range(1, 400):
-        if step - steps[-1] >= refresh_interval(step, 10, 0.05):
-            steps.append(step)
-    gaps = [b - a for a, b in pairwise(steps)]
-    assert gaps[0] == 1
-    assert gaps[-1] == 10
-    assert gaps == sorted(gaps)
 
 
 @given(st.floats(1e-9, 1e9), st.floats(1e-6, 1e6))
