@@ -24,6 +24,7 @@ from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
+    Refresh,
     refresh_interval,
     require_choice,
     require_refresh,
@@ -44,7 +45,7 @@ class Captured(Base):
         fisher: ``empirical``, ``mc`` (one sampled label), ``exact`` (all classes), or None where nothing of
             the backward pass is needed.
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
-        refresh: Longest interval between updates of the curvature, in steps.
+        refresh: Longest interval between updates of the curvature, in steps, or a function step -> interval.
         staleness: Largest age of the curvature as a fraction of the steps done.
         ema: Decay per step of the running averages.
         generator: Source of the Monte-Carlo labels.
@@ -70,7 +71,7 @@ class Captured(Base):
         *,
         fisher: str | None,
         loss: str | Loss,
-        refresh: int,
+        refresh: Refresh,
         staleness: float,
         ema: float,
         generator: torch.Generator | None,

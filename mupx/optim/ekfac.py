@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mupx.curvature import FactorSums
 from mupx.linalg import Scalar, eigh
 from mupx.losses import Loss
-from mupx.optim.base import Groups, Scale, finite_or, running_average, split_ridge
+from mupx.optim.base import Groups, Refresh, Scale, finite_or, running_average, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import precondition, precondition_bias
 from mupx.samples import SampleRows, bias_gradients, squares, turned
@@ -52,7 +52,8 @@ class EKFAC(Kronecker):
         damping_rule: ``trace`` or ``absolute``.
         fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
-        refresh: Longest interval between updates of the bases and of S, in steps.
+        refresh: Longest interval between updates of the bases and of S, in steps, or a function
+            step -> interval.
         staleness: Largest age of both as a fraction of the steps done; what decides early on.
         ema: Decay per step of the running averages (0: the current batch only).
         momentum: Heavy-ball momentum on the preconditioned update.
@@ -76,7 +77,7 @@ class EKFAC(Kronecker):
         damping_rule: str = "trace",
         fisher: str = "empirical",
         loss: str | Loss = "cross_entropy",
-        refresh: int = 10,
+        refresh: Refresh = 10,
         staleness: float = 0.05,
         ema: float = 0.95,
         momentum: float = 0.0,

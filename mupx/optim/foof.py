@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mupx.linalg import Scalar
 from mupx.lowrank import factor_in
-from mupx.optim.base import Groups, Scale, split_ridge
+from mupx.optim.base import Groups, Refresh, Scale, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Factor,
@@ -48,7 +48,8 @@ class FOOF(Kronecker):
         damping_rule: ``trace`` or ``absolute``.
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`; tells which terms of a
             batch are ignored.
-        refresh: Longest interval between updates of A and its inverse, in steps.
+        refresh: Longest interval between updates of A and its inverse, in steps, or a function
+            step -> interval.
         staleness: Largest age of A as a fraction of the steps done; what decides early on.
         ema: Decay per step of the running average of A (0: the current batch only).
         solver: ``dense``, ``low-rank`` or ``auto``, as for K-FAC.
@@ -73,7 +74,7 @@ class FOOF(Kronecker):
         damping: float = 0.01,
         damping_rule: str = "trace",
         loss: str | Any = "cross_entropy",
-        refresh: int = 10,
+        refresh: Refresh = 10,
         staleness: float = 0.05,
         ema: float = 0.95,
         solver: str = "auto",

@@ -24,7 +24,7 @@ from mupx.curvature import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
 from mupx.lowrank import factor_in
-from mupx.optim.base import Groups, Scale, split_ridge
+from mupx.optim.base import Groups, Refresh, Scale, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Factor,
@@ -63,8 +63,10 @@ class KFAC(Kronecker):
         damping_rule: ``trace``, ``absolute``, ``pi`` or ``exact``.
         fisher: ``empirical``, ``mc`` (one sampled label) or ``exact`` (all classes).
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
-        refresh: Longest interval between updates of the factors and their inverses, in steps.
-        staleness: Largest age of the curvature as a fraction of the steps done; what decides early on.
+        refresh: Longest interval between updates of the factors and their inverses, in steps, or a
+            function step -> interval, such as a schedule of :mod:`mupx.refresh`.
+        staleness: Largest age of the curvature as a fraction of the steps done; what decides early on
+            where ``refresh`` is a number.
         ema: Decay per step of the running average of A and B (0: the current batch only).
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
             layer and side whichever costs less.
@@ -93,7 +95,7 @@ class KFAC(Kronecker):
         damping_rule: str = "trace",
         fisher: str = "empirical",
         loss: str | Loss = "cross_entropy",
-        refresh: int = 10,
+        refresh: Refresh = 10,
         staleness: float = 0.05,
         ema: float = 0.95,
         solver: str = "auto",

@@ -38,6 +38,7 @@ from mupx.optim.base import (
     DEFAULTS,
     Base,
     Groups,
+    Refresh,
     Scale,
     average_weight,
     finite_or,
@@ -101,8 +102,10 @@ class Shampoo(Base):
         damping: ρ of the ridge.
         damping_ratio: ρ_R/ρ_L, split as for K-FAC's ρ_A/ρ_B.
         damping_rule: ``relative`` (in units of λmax) or ``absolute``.
-        refresh: Longest interval between updates of the statistics and their roots, in steps.
-        staleness: Largest age of the roots as a fraction of the steps done; what decides early on.
+        refresh: Longest interval between updates of the statistics and their roots, in steps, or a
+            function step -> interval, such as a schedule of :mod:`mupx.refresh`.
+        staleness: Largest age of the roots as a fraction of the steps done; what decides early on where
+            ``refresh`` is a number.
         accumulate: ``average`` (running average with ``ema``) or ``sum``, as in the original.
         ema: Decay of the running average, per step.
         blocks: Largest block edge; 0 means one block.
@@ -129,7 +132,7 @@ class Shampoo(Base):
         damping: float = 1e-3,
         damping_ratio: float = 1.0,
         damping_rule: str = "relative",
-        refresh: int = 10,
+        refresh: Refresh = 10,
         staleness: float = 0.05,
         accumulate: str = "average",
         ema: float = 0.95,
@@ -227,8 +230,8 @@ class Shampoo(Base):
         """Return the momentum of L^-¼ G R^-¼, block by block."""
         state = self.state[parameter]
         step = state.get("step", 0)
-        age = step - state.get("refreshed_at", -self.refresh)
-        stale = age >= refresh_interval(step, self.refresh, self.staleness)
+        age = step - state.get("refreshed_at", step)
+        stale = "refreshed_at" not in state or age >= refresh_interval(step, self.refresh, self.staleness)
         matrix = gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         update = matrix.new_empty(matrix.shape)
