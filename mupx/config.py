@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -31,6 +32,7 @@ from pydantic import (
 )
 
 from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.refresh import read_refresh
 from mupx.scaling import Role, ScalingRule, WeightDecayMode, find_rule
 from mupx.usercode import HOW, digest, is_reference, label, source_of
 
@@ -55,6 +57,11 @@ def _known_loss(name: str) -> str:
     near = get_close_matches(name, LOSSES, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown loss{guess} (known: {', '.join(LOSSES)}; {HOW})")
+
+
+def _plain_refresh(given: object) -> int | str:
+    refresh = read_refresh(given)
+    return refresh if isinstance(refresh, int) else str(refresh)
 
 
 class _Section(BaseModel):
@@ -83,7 +90,8 @@ class OptimizerConfig(_Section):
     """Which optimizer and its structural choices (nothing here is tuned).
 
     Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
-    never older than the fraction ``staleness`` of the steps done. ``solver`` says how factors are kept
+    never older than the fraction ``staleness`` of the steps done; phases in place of the number, such as
+    ``10:0.3%,100``, say it outright (see :mod:`mupx.refresh`). ``solver`` says how factors are kept
     and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
     rounding. An optimizer of your own follows the width
     ``rule`` named here; ``args`` are further arguments of the constructor of any.
@@ -94,7 +102,7 @@ class OptimizerConfig(_Section):
     args: dict[str, Any] = Field(default_factory=dict)
     damping_rule: str | None = None
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
-    refresh: PositiveInt = 10
+    refresh: Annotated[int | str, BeforeValidator(_plain_refresh)] = 10
     staleness: Annotated[float, Field(gt=0, le=1)] = 0.05
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
     solver: Literal["auto", "dense", "low-rank"] = "auto"

@@ -32,6 +32,7 @@ VALUES = ("init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 DECOUPLED = {"independent": 'row["weight_decay"] / row["lr"]', "adamw": 'row["weight_decay"]'}
 COUPLED = {"l2": 'row["weight_decay"]'}
 INSIDE = "; do forward and backward pass inside `with optimizer.curvature(targets):`"
+SCHEDULED = "    from mupx.refresh import parse_refresh\n"
 SCALE = "\nOUTPUT_SCALE = {!r}  # tuned with the logits times this: multiply yours by it too\n"
 BRANCHES = "\nBRANCH_SCALE = {!r}  # depth {} from {}: multiply your residual branches by this too\n"
 DECAY_HOOK = '''
@@ -57,7 +58,7 @@ TOP = Template("""\
 #
 #     model = ...                        # yours, at width $width
 #     rescale_init(model)                # optional: once, on weights as your code has drawn them
-#     optimizer = make_optimizer(model)
+#     optimizer = make_optimizer($takes)
 #
 # A scheduler must scale the lr of all groups by one factor: LambdaLR does, OneCycleLR(max_lr=x) does not.
 $scale
@@ -131,6 +132,7 @@ class Form:
         params: Source of a group's ``params``.
         needs: What the file needs besides torch, in words.
         named: Whether the table names each tensor's algorithm and role.
+        scheduled: Whether ``make_optimizer`` must know the number of steps.
     """
 
     group: Sequence[str]
@@ -138,6 +140,7 @@ class Form:
     params: str = "[parameter]"
     needs: str = ""
     named: bool = False
+    scheduled: bool = False
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -161,6 +164,7 @@ def to_torch(recipe: Recipe) -> str:
     top = TOP.substitute(
         _comments(recipe),
         needs=form.needs,
+        takes="model, steps" if form.scheduled else "model",
         table="\n".join(_row(layer, form.named) for layer in layers),
         base=_base_std(layers) if at_base else "\n",
     )
@@ -219,7 +223,11 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
     }
     accepted = inspect.signature(OPTIMIZERS.load(name)).parameters
     model = ["model=model"] if "model" in accepted else []
-    stated = [f"{key}={value!r}" for key, value in offered.items() if key in accepted]
+    phases = isinstance(chosen.refresh, str) and "refresh" in accepted
+    written = {key: repr(value) for key, value in offered.items() if key in accepted}
+    if phases:  # they are fractions of a training whose length is known only there
+        written["refresh"] = f"parse_refresh({chosen.refresh!r}).over(steps, epoch)"
+    stated = [f"{key}={value}" for key, value in written.items()]
     call = f"{attribute}({', '.join(['param_groups(model)', *model, *stated])})"
     return Form(
         params="[(name, parameter)]",
@@ -231,10 +239,16 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
             f'"momentum": {experiment.hyperparameters.momentum!r}',
             f'"weight_decay_mode": {chosen.weight_decay_mode!r}',
         ],
-        functions=_make(call, before=f"from {module} import {attribute}\n\n    ", about=INSIDE),
+        functions=_make(
+            call,
+            before=f"from {module} import {attribute}\n{SCHEDULED if phases else ''}\n    ",
+            about=INSIDE,
+            more=", steps, epoch=None" if phases else "",
+        ),
         needs=f", but make_optimizer, which imports {attribute} from mupx; for\n"
         f"# another {name} take the values of TABLE",
         named=True,
+        scheduled=phases,
     )
 
 
@@ -242,10 +256,10 @@ def _mupx(experiment: Experiment, layers: Sequence[Layer]) -> Form:
 FORMS: Mapping[str, Callable[[Experiment, Sequence[Layer]], Form]] = {"sgd": _sgd, "adamw": _adamw}
 
 
-def _make(call: str, *after: str, before: str = "", about: str = "") -> str:
+def _make(call: str, *after: str, before: str = "", about: str = "", more: str = "") -> str:
     lines = "".join(f"    {line}\n" for line in after)
     return (
-        f'\n\ndef make_optimizer(model):\n    """Return the optimizer on these groups{about}."""\n'
+        f'\n\ndef make_optimizer(model{more}):\n    """Return the optimizer on these groups{about}."""\n'
         f"    {before}optimizer = {call}\n{lines}    return optimizer\n"
     )
 

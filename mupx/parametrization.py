@@ -40,6 +40,7 @@ from mupx.optim.base import Base
 from mupx.own_optimizer import adapted
 from mupx.parts import find_optimizer, own, refuse_unknown, signature, with_rule
 from mupx.plain_loss import PlainLoss, find_loss, no_likelihood
+from mupx.refresh import Refresh, parse_refresh
 from mupx.roles import Factory, initial_std, own_std
 from mupx.scaling import find_parametrization
 from mupx.usercode import is_reference
@@ -90,6 +91,8 @@ def build_optimizer(
     experiment: Experiment,
     generator: torch.Generator | None = None,
     loss: Loss | None = None,
+    steps: int | None = None,
+    epoch: int | None = None,
 ) -> Trainable:
     """Build the experiment's optimizer from the table.
 
@@ -99,6 +102,11 @@ def build_optimizer(
         experiment: Names the optimizer and its structural choices.
         generator: Source of the Monte-Carlo Fisher's labels.
         loss: Found by its name where it is not given.
+        steps: Length of the run, which a refresh schedule with phases needs; ``train.steps`` if not given.
+        epoch: Steps of one epoch.
+
+    Raises:
+        UsageError: The refresh schedule needs a length that neither gives, or an argument is wrong.
     """
     name, rule = experiment.optimizer.name, experiment.optimizer.scaling_rule
     kind: Callable[..., Any] = find_optimizer(name) if is_reference(name) else OPTIMIZERS.load(name)
@@ -109,6 +117,7 @@ def build_optimizer(
         "generator": generator,
         "damping_rule": experiment.optimizer.damping_rule or rule.default_damping,
         **{key: getattr(experiment.optimizer, key) for key in STRUCTURE},
+        "refresh": _refresh(experiment, steps, epoch),
     }
     if not (isinstance(kind, type) and issubclass(kind, Base)):
         return adapted(kind, groups, experiment, model)
@@ -121,6 +130,19 @@ def build_optimizer(
     with own(name, lambda: f"made with ({arguments(args)})"):
         built: Base = kind(groups, **{k: v for k, v in offered.items() if k in accepted}, **args)
     return built
+
+
+def _refresh(experiment: Experiment, steps: int | None, epoch: int | None) -> Refresh:
+    schedule = parse_refresh(experiment.optimizer.refresh)
+    if isinstance(schedule, int):
+        return schedule
+    length = experiment.train.steps if steps is None else steps
+    if length is None and schedule.ends:
+        raise UsageError(
+            f"optimizer.refresh {str(schedule)!r} depends on the length of the run; give build_optimizer its "
+            "steps, or set train.steps"
+        )
+    return schedule.over(length or 0, epoch)
 
 
 def resolved(experiment: Experiment) -> Experiment:

@@ -75,8 +75,9 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.name": "The optimizer; its width rule: mupx rules NAME.",
     "optimizer.damping_rule": "What damping is relative to; the optimizer's own default when left out.",
     "optimizer.fisher": "Labels of K-FAC's curvature: the data's, drawn from the model, or all of them.",
-    "optimizer.refresh": "Longest age of the curvature, in steps.",
-    "optimizer.staleness": "Longest age of the curvature as a fraction of the steps done.",
+    "optimizer.refresh": "Longest age of the curvature, in steps, or phases: 10:0.3%,100 is every 10 steps "
+    "until 0.3 % of the training is done, then every 100.",
+    "optimizer.staleness": "Longest age of the curvature as a fraction of the steps done; not with phases.",
     "optimizer.ema": "Decay per step of the curvature's running average.",
     "optimizer.solver": "How curvature is kept and solved with; auto takes whatever costs less.",
     "optimizer.accumulate": "Shampoo: a running average of the statistics, or their sum.",

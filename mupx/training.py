@@ -153,7 +153,10 @@ class Run:
         initialise(model, self.layers)
         model = model.to(self.device, self.dtype)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        return model, build_optimizer(model, self.layers, self.experiment, self.generator, self.loss)
+        epoch = len(self.data.train) // self.experiment.train.batch_size
+        return model, build_optimizer(
+            model, self.layers, self.experiment, self.generator, self.loss, self.steps, epoch
+        )
 
     @property
     def factor(self) -> float:

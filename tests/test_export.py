@@ -28,6 +28,7 @@ from mupx.layers import Parameter
 from mupx.models.mlp import build as build_mlp
 from mupx.parametrization import build_optimizer, initialise, resolved
 from mupx.recipe import Recipe, from_dict
+from mupx.refresh import Intervals
 from mupx.roles import describe
 from tests.factories import cnn
 from tests.strategies import experiments, parameters
@@ -177,6 +178,14 @@ def test_where_mupx_is_installed_the_file_makes_its_optimizer(optimizer: str, ar
     assert type(made) is type(ours)
     for setting in ("ema", "refresh", "damping_rule", "fisher", "nesterov", "ns_steps"):
         assert getattr(made, setting, None) == getattr(ours, setting, None)
+
+
+def test_phases_of_refresh_ask_for_the_number_of_steps() -> None:
+    source, space = recipe("kfac", optimizer__refresh="10:1%,100"), dict[str, Any]()
+    exec(to_torch(source), space)
+    assert space["make_optimizer"](drawn(32), 50_000).refresh == Intervals((500,), (10, 100))
+    assert space["make_optimizer"](drawn(32), 500, epoch=20).refresh == Intervals((20,), (10, 100))
+    assert "make_optimizer(model, steps)" in to_torch(source)
 
 
 @pytest.mark.parametrize("width", [8, 24])

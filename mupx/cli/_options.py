@@ -86,6 +86,10 @@ Optimizer = Annotated[
 DampingRule = Annotated[
     str | None, flag("--damping-rule", panel=WHAT, help="What the damping is relative to: see `mupx rules`.")
 ]
+Refresh = Annotated[
+    str | None,
+    flag("--refresh", panel=WHAT, help="Steps between updates of the curvature: 10, or phases 10:0.3%,100."),
+]
 Parametrization = Annotated[
     str | None, flag("--parametrization", panel=WHAT, help=f"One of: {known(PARAMETRIZATIONS)}.")
 ]
@@ -101,6 +105,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("optimizer.name",),
     "loss": ("train.loss",),
     "damping_rule": ("optimizer.damping_rule",),
+    "refresh": ("optimizer.refresh",),
     "parametrization": ("scaling.parametrization",),
     "batch_size": ("train.batch_size",),
     "epochs": ("train.epochs",),

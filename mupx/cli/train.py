@@ -46,6 +46,7 @@ def command(
     ],
     set_: o.Set = None,
     data_dir: o.DataDir = None,
+    refresh: o.Refresh = None,
     run_dir: o.RunDir = None,
     device: o.Device = None,
     threads: o.Threads = None,
@@ -61,7 +62,7 @@ def command(
     Example: mupx train runs/mlp-fashion-mnist-14-kfac-w64/recipe-w1024.toml
     """
     source = recipes.read(recipe)
-    stated = {name: context.params[name] for name in ("data_dir", "device", "threads", "seed")}
+    stated = {name: context.params[name] for name in ("data_dir", "refresh", "device", "threads", "seed")}
     changes = {**config.environment_changes(), **config.assignments(set_ or ()), **o.flag_changes(stated)}
     experiment = source.experiment.updated(changes)
     o.require_allowed(context, experiment, changes, allow_code)

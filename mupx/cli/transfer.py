@@ -29,6 +29,7 @@ DESCRIBING: tuple[str, ...] = (
     "optimizer",
     "loss",
     "damping_rule",
+    "refresh",
     "parametrization",
     "batch_size",
 )
@@ -66,6 +67,7 @@ def command(
     optimizer: o.Optimizer = None,
     loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
+    refresh: o.Refresh = None,
     parametrization: o.Parametrization = None,
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,

@@ -30,6 +30,7 @@ def command(
     optimizer: o.Optimizer = None,
     loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
+    refresh: o.Refresh = None,
     parametrization: o.Parametrization = None,
     width: Annotated[int | None, o.whole("--width", o.WHAT, "Width of the proxy: the base width.")] = None,
     batch_size: o.BatchSize = None,

@@ -36,6 +36,7 @@ def command(
     optimizer: o.Optimizer = None,
     loss: o.Loss = None,
     damping_rule: o.DampingRule = None,
+    refresh: o.Refresh = None,
     parametrization: o.Parametrization = None,
     width: Annotated[int | None, o.whole("--width", o.WHAT, "Base width: that of the proxy.")] = None,
     batch_size: o.BatchSize = None,

@@ -20,6 +20,8 @@ TINY = ["--trials", "2", "--steps", "5", "--width", "8", "--threads", "1"]
         (["tune", "--set", "train.epochs"], 2, "--set takes key=value"),
         (["tune", "--search", "role"], 2, "did you mean 'roles'"),
         (["tune", "--damping-rule", "traec"], 2, "did you mean 'trace'"),
+        (["tune", "--refresh", "10,100"], 2, "every phase of refresh but the last needs an end"),
+        (["verify", "--refresh", "10:0.01%,300"], 2, "force it with a ! at the end"),
         (["tune", "--width", "0"], 2, "--width"),
         (["tune", "--width", "3.5"], 2, "--width"),
         (["tune", "--trials", "0"], 2, "--trials"),
