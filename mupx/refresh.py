@@ -13,6 +13,10 @@
 A first phase below 0.1 % of the training is refused, for what Ishikawa & Yokota ("When does second-order
 optimization speed up training?", ICLR Tiny 2024, table 1) saw. A ``!`` at the end takes phases as they are
 written, without that refusal and without the least length; ``10!`` is every 10 steps from the first on.
+
+Statistics (the factors) may be averaged more or less often than what is made of them (inverses, roots) is
+refreshed: ``statistics`` is the interval of the former, None for both at once. An optimizer's state holds
+``step``, ``averaged_at`` and ``refreshed_at``, the steps (from 0) of the last of either.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 from mupx.errors import UsageError
 
@@ -170,6 +175,61 @@ def refresh_interval(step: int, refresh: Refresh, staleness: float) -> int:
     if not isinstance(interval, int) or interval < 1:
         raise UsageError(f"refresh({step}) returned {interval!r}; it must return a whole number of steps ≥ 1")
     return interval
+
+
+def is_stale(state: Mapping[str, Any], refresh: Refresh, staleness: float) -> bool:
+    """Whether inverses or roots have served for their interval, or are not there yet."""
+    step = state.get("step", 0)
+    if "refreshed_at" not in state:
+        return True
+    age: int = step - state["refreshed_at"]
+    return age >= refresh_interval(step, refresh, staleness)
+
+
+def needs_statistics(
+    state: Mapping[str, Any], refresh: Refresh, staleness: float, statistics: int | None
+) -> bool:
+    """Whether the coming step averages new factors in."""
+    if statistics is None or "refreshed_at" not in state:
+        return is_stale(state, refresh, staleness)
+    age: int = state.get("step", 0) - averaged_at(state)
+    return age >= statistics
+
+
+def needs_refresh(state: Mapping[str, Any], refresh: Refresh, staleness: float) -> bool:
+    """Whether inverses or roots are stale and there are newer factors; ask after averaging."""
+    if "refreshed_at" not in state:
+        return True
+    return averaged_at(state) > state["refreshed_at"] and is_stale(state, refresh, staleness)
+
+
+def averaged_at(state: Mapping[str, Any]) -> int:
+    """Return the step of the last new factors; states written before there was one averaged at refreshes."""
+    step: int = state.get("averaged_at", state.get("refreshed_at", state.get("step", 0)))
+    return step
+
+
+def averages(state: Mapping[str, Any]) -> int:
+    """Return the number of factors averaged so far, likewise."""
+    count: int = state.get("averages", state.get("refreshes", 0))
+    return count
+
+
+def require_statistics(statistics: int | None, solver: str) -> None:
+    """Check the interval of the statistics.
+
+    Raises:
+        UsageError: It is no whole number of at least 1, or goes with factors that are kept as columns: an
+            average of columns is a decomposition already, so nothing would be saved.
+    """
+    whole = isinstance(statistics, int) and not isinstance(statistics, bool) and statistics >= 1
+    if statistics is not None and not whole:
+        raise UsageError(f"statistics must be a whole number of steps ≥ 1 or None, got {statistics}")
+    if statistics is not None and solver == "low-rank":
+        raise UsageError(
+            f"statistics of their own interval ({statistics}) are averaged as dense factors, but the solver "
+            "is low-rank; use auto or dense, or leave statistics out"
+        )
 
 
 def require_refresh(refresh: Refresh, staleness: float, ema: float) -> None:
