@@ -25,12 +25,12 @@ from mupx.optim.base import (
     Base,
     Groups,
     Refresh,
-    refresh_interval,
     require_choice,
     require_refresh,
     require_whole,
     sort_groups,
 )
+from mupx.refresh import needs_refresh, needs_statistics
 
 FISHERS = ("empirical", "mc", "exact")
 
@@ -47,6 +47,7 @@ class Captured(Base):
         loss: ``cross_entropy``, ``squared_error`` or a :class:`mupx.losses.Loss`.
         refresh: Longest interval between updates of the curvature, in steps, or a function step -> interval.
         staleness: Largest age of the curvature as a fraction of the steps done.
+        statistics: Interval between updates of the factors alone, in steps; None: at refreshes only.
         ema: Decay per step of the running averages.
         generator: Source of the Monte-Carlo labels.
         fallback_lr: AdamW's learning rate for what has no layer.
@@ -57,6 +58,7 @@ class Captured(Base):
         "loss",
         "refresh",
         "staleness",
+        "statistics",
         "ema",
         "generator",
         "_model",
@@ -76,11 +78,12 @@ class Captured(Base):
         ema: float,
         generator: torch.Generator | None,
         fallback_lr: Scalar,
+        statistics: int | None = None,
     ) -> None:
         self.fisher = None if fisher is None else require_choice("fisher", fisher, FISHERS)
         self.loss: Loss = LOSSES[require_choice("loss", loss, LOSSES)] if isinstance(loss, str) else loss
         require_refresh(refresh, staleness, ema)
-        self.refresh, self.staleness = refresh, staleness
+        self.refresh, self.staleness, self.statistics = refresh, staleness, statistics
         self.ema, self.generator = ema, generator
         self._model = model
         self._read_model()
@@ -133,7 +136,7 @@ class Captured(Base):
         return [p for p in mine if id(p) in self._layers and p.requires_grad]
 
     def _due(self) -> list[Tensor]:
-        return [p for p in self._weights() if self._stale(self.state.get(p, {}))]
+        return [p for p in self._weights() if self._averages(self.state.get(p, {}))]
 
     def _watched(self) -> list[Tensor]:
         """Return the weights whose layers are captured in the coming passes."""
@@ -143,12 +146,8 @@ class Captured(Base):
         """Return what collects one layer's rows; ``due`` tells whether its curvature is."""
         return FactorSums()
 
-    def _stale(self, state: Mapping[str, Any]) -> bool:
-        step = state.get("step", 0)
-        if "refreshed_at" not in state:
-            return True
-        age: int = step - state["refreshed_at"]
-        return age >= refresh_interval(step, self.refresh, self.staleness)
+    def _averages(self, state: Mapping[str, Any]) -> bool:
+        return needs_statistics(state, self.refresh, self.staleness, self.statistics)
 
     @contextmanager
     def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
@@ -194,13 +193,15 @@ class Captured(Base):
         self._sums = {}
 
     def before_step(self) -> None:
-        """On a refresh step, turn what was captured into state."""
+        """Turn what was captured into state, where its step has come."""
         require_whole(self.algorithm, self._weights())
         self._rows, self._sums = self._sums, {}
         # Looked up anew: load_state_dict replaces the groups.
         groups = {id(p): g for g in self.param_groups for p in g["params"]}
-        for weight in self._due():
-            if weight.grad is not None:
+        for weight in self._weights():
+            state = self.state.get(weight, {})
+            due = self._averages(state) or needs_refresh(state, self.refresh, self.staleness)
+            if due and weight.grad is not None:
                 self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
 
     @abstractmethod

@@ -51,6 +51,8 @@ class FOOF(Kronecker):
         refresh: Longest interval between updates of A and its inverse, in steps, or a function
             step -> interval.
         staleness: Largest age of A as a fraction of the steps done; what decides early on.
+        statistics: Interval between updates of the factors alone, in steps; None: only where their
+            inverses are updated too. Such factors are kept dense.
         ema: Decay per step of the running average of A (0: the current batch only).
         solver: ``dense``, ``low-rank`` or ``auto``, as for K-FAC.
         momentum: Heavy-ball momentum on the preconditioned update.
@@ -76,6 +78,7 @@ class FOOF(Kronecker):
         loss: str | Any = "cross_entropy",
         refresh: Refresh = 10,
         staleness: float = 0.05,
+        statistics: int | None = None,
         ema: float = 0.95,
         solver: str = "auto",
         momentum: float = 0.0,
@@ -104,6 +107,7 @@ class FOOF(Kronecker):
             loss=loss,
             refresh=refresh,
             staleness=staleness,
+            statistics=statistics,
             ema=ema,
             generator=None,
             fallback_lr=fallback_lr,

@@ -67,6 +67,8 @@ class KFAC(Kronecker):
             function step -> interval, such as a schedule of :mod:`mupx.refresh`.
         staleness: Largest age of the curvature as a fraction of the steps done; what decides early on
             where ``refresh`` is a number.
+        statistics: Interval between updates of the factors alone, in steps; None: only where their
+            inverses are updated too. Such factors are kept dense.
         ema: Decay per step of the running average of A and B (0: the current batch only).
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
             layer and side whichever costs less.
@@ -97,6 +99,7 @@ class KFAC(Kronecker):
         loss: str | Loss = "cross_entropy",
         refresh: Refresh = 10,
         staleness: float = 0.05,
+        statistics: int | None = None,
         ema: float = 0.95,
         solver: str = "auto",
         momentum: float = 0.0,
@@ -129,6 +132,7 @@ class KFAC(Kronecker):
             loss=loss,
             refresh=refresh,
             staleness=staleness,
+            statistics=statistics,
             ema=ema,
             generator=generator,
             fallback_lr=fallback_lr,

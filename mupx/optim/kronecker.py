@@ -33,6 +33,7 @@ from mupx.optim.base import (
 )
 from mupx.optim.captured import Captured
 from mupx.preconditioning import Factor, Solver, clear_side, prefers_cholesky
+from mupx.refresh import averaged_at, averages, needs_refresh, require_statistics
 
 
 class Kronecker(Captured):
@@ -44,6 +45,7 @@ class Kronecker(Captured):
         defaults: Group defaults.
         damping_rule: One of the scaling rule's damping rules.
         solver: ``dense``, ``low-rank`` or ``auto``.
+        statistics: Interval between updates of the factors alone, in steps; such factors are kept dense.
         **more: The rest.
     """
 
@@ -58,11 +60,13 @@ class Kronecker(Captured):
         *,
         damping_rule: str,
         solver: str,
+        statistics: int | None = None,
         **more: Any,
     ) -> None:
         self.damping_rule = require_damping_rule(self.algorithm, damping_rule)
         self.solver = require_choice("solver", solver, SOLVERS)
-        super().__init__(params, model, defaults, **more)
+        require_statistics(statistics, solver)
+        super().__init__(params, model, defaults, statistics=statistics, **more)
 
     @abstractmethod
     def build_solver(
@@ -85,7 +89,7 @@ class Kronecker(Captured):
         return [
             p
             for p in self._weights()
-            if self._stale(self.state.get(p, {})) or (self._thin and min(p.flatten(1).shape) >= SMALLEST)
+            if self._averages(self.state.get(p, {})) or (self._thin and min(p.flatten(1).shape) >= SMALLEST)
         ]
 
     @property
@@ -101,13 +105,20 @@ class Kronecker(Captured):
         return FactorRows(limit=max(weight.flatten(1).shape), summed=due) if self._columns else FactorSums()
 
     def refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:
-        """Average the new factors in and rebuild the solver."""
+        """Average new factors in and rebuild the solver, each where its step has come."""
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
         # Outside its columns a factor is its ridge alone: without one it has no inverse there.
         damped = all(group[f"damping_{side}"] > 0 for side in self.sides)
-        factors = {side: self._average(state, sums, side, damped) for side in self.sides}
-        state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
+        factors = {side: factor_in(state, side) or state.get(side) for side in self.sides}
+        # Left from a run without statistics of their own; the average below is dense.
+        columns = self.statistics is not None and any(isinstance(f, Columns) for f in factors.values())
+        if self._averages(state):
+            factors = {side: self._average(state, sums, side, damped) for side in self.sides}
+            state["averages"], state["averaged_at"] = averages(state) + 1, step
+        if not (columns or needs_refresh(state, self.refresh, self.staleness)):
+            return
+        state["refreshed_at"] = step
         solved = self._solved(weight, sums, step)
         for side, factor in factors.items():
             clear_side(state, side, keep_columns=isinstance(factor, Columns))
@@ -127,10 +138,10 @@ class Kronecker(Captured):
 
     def _average(self, state: dict[str, Any], sums: FactorSums, side: str, damped: bool) -> Factor:
         """Average one side's new factor in; columns stay columns until they no longer pay."""
-        seen, step = state.get("refreshes", 0), state.get("step", 0)
-        gap = step - state.get("refreshed_at", step)
+        seen, gap = averages(state), state.get("step", 0) - averaged_at(state)
         old = factor_in(state, side)
-        new = sums.columns(side) if damped and isinstance(sums, FactorRows) else None
+        thin = damped and self.statistics is None
+        new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
         if new is not None and side not in state and self._keeps_columns(new, old):
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
             return averaged(old, new, 1.0 - weight, weight)

@@ -42,7 +42,6 @@ from mupx.optim.base import (
     Scale,
     average_weight,
     finite_or,
-    refresh_interval,
     require_choice,
     require_damping_rule,
     require_refresh,
@@ -52,6 +51,7 @@ from mupx.optim.base import (
     split_ridge,
 )
 from mupx.preconditioning import Operator, size_of, thin_pays, thin_update, times, trace_of
+from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
 
 ROOT = 4.0
 
@@ -106,6 +106,8 @@ class Shampoo(Base):
             function step -> interval, such as a schedule of :mod:`mupx.refresh`.
         staleness: Largest age of the roots as a fraction of the steps done; what decides early on where
             ``refresh`` is a number.
+        statistics: Interval between updates of the statistics alone, in steps; None: only where their
+            roots are updated too. Such factors are kept dense.
         accumulate: ``average`` (running average with ``ema``) or ``sum``, as in the original.
         ema: Decay of the running average, per step.
         blocks: Largest block edge; 0 means one block.
@@ -122,7 +124,17 @@ class Shampoo(Base):
     """
 
     algorithm = "shampoo"
-    kept = ("damping_rule", "accumulate", "solver", "refresh", "staleness", "ema", "blocks", "_model")
+    kept = (
+        "damping_rule",
+        "accumulate",
+        "solver",
+        "refresh",
+        "staleness",
+        "statistics",
+        "ema",
+        "blocks",
+        "_model",
+    )
 
     def __init__(
         self,
@@ -134,6 +146,7 @@ class Shampoo(Base):
         damping_rule: str = "relative",
         refresh: Refresh = 10,
         staleness: float = 0.05,
+        statistics: int | None = None,
         accumulate: str = "average",
         ema: float = 0.95,
         blocks: int = 0,
@@ -152,7 +165,8 @@ class Shampoo(Base):
         if blocks < 0:
             raise UsageError(f"blocks must be ≥ 0 (0: one block), got {blocks}")
         self.solver = require_choice("solver", solver, SOLVERS)
-        self.refresh, self.staleness = refresh, staleness
+        require_statistics(statistics, solver)
+        self.refresh, self.staleness, self.statistics = refresh, staleness, statistics
         self._model = model
         self._read_model()
         self.ema, self.blocks = ema, blocks
@@ -230,23 +244,28 @@ class Shampoo(Base):
         """Return the momentum of L^-¼ G R^-¼, block by block."""
         state = self.state[parameter]
         step = state.get("step", 0)
-        age = step - state.get("refreshed_at", step)
-        stale = "refreshed_at" not in state or age >= refresh_interval(step, self.refresh, self.staleness)
+        gap = step - averaged_at(state)
+        new = needs_statistics(state, self.refresh, self.staleness, self.statistics)
+        if new:
+            state["averaged_at"] = step
+        stale = needs_refresh(state, self.refresh, self.staleness)
         matrix = gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         update = matrix.new_empty(matrix.shape)
         for index, (rows, columns) in enumerate(blocks_of(matrix, self.blocks)):
             block = matrix[rows, columns]
-            if stale:
-                self._refresh(state, index, block, thin, group, age)
+            if new or stale:
+                self._refresh(state, index, block, thin, group, gap if new else None, stale)
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             d_out, d_in = block.shape
             if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
                 update[rows, columns] = thin_update(left, *thin, right)
             else:
                 update[rows, columns] = times(left @ block, right)
+        if new:
+            state["averages"] = averages(state) + 1
         if stale:
-            state["refreshes"], state["refreshed_at"] = state.get("refreshes", 0) + 1, step
+            state["refreshed_at"] = step
         state["step"] = step + 1
         return self.momentum(parameter, update.view_as(gradient), group)
 
@@ -277,18 +296,21 @@ class Shampoo(Base):
         block: Tensor,
         thin: tuple[Tensor, Tensor] | None,
         group: dict[str, Any],
-        gap: int,
+        gap: int | None,
+        stale: bool,
     ) -> None:
-        columns = (None, None) if thin is None else thin_moments(*thin)
+        # An average of columns is a decomposition: with statistics of their own, factors are dense.
+        columns = (None, None) if thin is None or self.statistics is not None else thin_moments(*thin)
         for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
             name = f"{side}{index}"
             old = factor_in(state, name)
             # Outside its columns a factor is its ridge alone: without one it has no inverse root there.
-            damped = group[key] > 0
-            if new is not None and damped and name not in state and self._keeps_columns(new, old):
+            free = group[key] > 0 and name not in state
+            if new is not None and gap is not None and free and self._keeps_columns(new, old):
                 self._refresh_columns(state, name, old, new, group[key], gap)
             else:
-                self._refresh_dense(state, name, old, block if side == "L" else block.mT, group[key], gap)
+                matrix = block if side == "L" else block.mT
+                self._refresh_dense(state, name, old, matrix, group[key], gap, stale)
 
     def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
         d, n = new.shape
@@ -299,7 +321,7 @@ class Shampoo(Base):
     ) -> None:
         keep, weight = 1.0, 1.0
         if self.accumulate == "average":
-            weight = 1.0 if old is None else average_weight(self.ema, state.get("refreshes", 0), gap)
+            weight = 1.0 if old is None else average_weight(self.ema, averages(state), gap)
             keep = 1.0 - weight
         factor = averaged(old, new, keep, weight)
         ridge = damping * (
@@ -316,17 +338,23 @@ class Shampoo(Base):
         columns: Columns | None,
         block: Tensor,
         damping: Scalar,
-        gap: int,
+        gap: int | None,
+        stale: bool,
     ) -> None:
         old = state.get(name) if columns is None else columns.columns @ columns.columns.mT
         without_columns(state, name)
+        factor = old if gap is None else self._average(old, block, averages(state), gap)
+        if factor is None:  # nothing finite has been seen so far
+            return
+        state[name] = finite_or(factor, old)
+        if stale or columns is not None:
+            state[f"root_{name}"], _ = inverse_root(factor, ROOT, damping, self.damping_rule == "relative")
+
+    def _average(self, old: Tensor | None, block: Tensor, seen: int, gap: int) -> Tensor:
         new = block @ block.mT
         if self.accumulate == "sum":
-            factor = new if old is None else old + new
-        else:
-            factor = running_average(old, new, self.ema, state.get("refreshes", 0), gap)
-        state[name] = finite_or(factor, old)
-        state[f"root_{name}"], _ = inverse_root(factor, ROOT, damping, self.damping_rule == "relative")
+            return new if old is None else old + new
+        return running_average(old, new, self.ema, seen, gap)
 
 
 def _root_in(state: dict[str, Any], name: str) -> Operator:
