@@ -91,7 +91,8 @@ class OptimizerConfig(_Section):
 
     Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
     never older than the fraction ``staleness`` of the steps done; phases in place of the number, such as
-    ``10:0.3%,100``, say it outright (see :mod:`mupx.refresh`). ``solver`` says how factors are kept
+    ``10:0.3%,100``, say it outright (see :mod:`mupx.refresh`). Its factors are averaged every
+    ``statistics`` steps, or only then. ``solver`` says how factors are kept
     and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
     rounding. An optimizer of your own follows the width
     ``rule`` named here; ``args`` are further arguments of the constructor of any.
@@ -105,6 +106,7 @@ class OptimizerConfig(_Section):
     refresh: Annotated[int | str, BeforeValidator(_plain_refresh)] = 10
     staleness: Annotated[float, Field(gt=0, le=1)] = 0.05
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    statistics: PositiveInt | None = None
     solver: Literal["auto", "dense", "low-rank"] = "auto"
     accumulate: Literal["average", "sum"] = "average"
     blocks: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -390,6 +392,8 @@ class Experiment(_Section):
             document["search"].pop(key)
         if not search:
             document.pop("search")
+        if self.optimizer.statistics is None:  # the same of keys that came later
+            document["optimizer"].pop("statistics")
         if self.depth == DepthConfig():  # a run that leaves depth alone is the run it was without the section
             document.pop("depth")
         if sources := self.sources():

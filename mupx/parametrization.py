@@ -57,7 +57,7 @@ __all__ = [
     "parametrize",
     "resolved",
 ]
-STRUCTURE = ("fisher", "refresh", "staleness", "ema", "solver", "blocks", "accumulate")
+STRUCTURE = ("fisher", "refresh", "staleness", "statistics", "ema", "solver", "blocks", "accumulate")
 DEFAULTED = ("lr", "damping")  # where the caller gives none, the optimizer class has one
 
 

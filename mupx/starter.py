@@ -45,6 +45,7 @@ EXAMPLES: Mapping[str, Any] = {
     "optimizer.rule": "adamw",
     "optimizer.args": {"nesterov": True},
     "optimizer.damping_rule": "trace",
+    "optimizer.statistics": 1,
     "search.space": {"lr": {"low": 1e-3, "high": 1.0}, "momentum": {"low": 0.0, "high": 0.9, "log": False}},
     "search.storage": "postgresql://user@host/studies",
     "train.steps": 200,
@@ -78,6 +79,7 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.refresh": "Longest age of the curvature, in steps, or phases: 10:0.3%,100 is every 10 steps "
     "until 0.3 % of the training is done, then every 100.",
     "optimizer.staleness": "Longest age of the curvature as a fraction of the steps done; not with phases.",
+    "optimizer.statistics": "Steps between new factors, where they are averaged more often than inverted.",
     "optimizer.ema": "Decay per step of the curvature's running average.",
     "optimizer.solver": "How curvature is kept and solved with; auto takes whatever costs less.",
     "optimizer.accumulate": "Shampoo: a running average of the statistics, or their sum.",

@@ -213,6 +213,8 @@ def test_what_does_not_change_the_numbers_does_not_change_the_fingerprint(experi
         {"train.steps": 7},
         {"model.args": {"depth": 5}},
         {"optimizer.refresh": 3},
+        {"optimizer.refresh": "1:5%,10"},
+        {"optimizer.statistics": 1},
         {"scaling.width": 128},
         {"roles": {"x": "input"}},
         {"data.name": "mnist"},
@@ -222,6 +224,10 @@ def test_what_changes_the_numbers_changes_the_fingerprint(change: dict[str, Any]
     base = Experiment()
     for search in (True, False):
         assert base.updated(change).fingerprint(search=search) != base.fingerprint(search=search)
+
+
+def test_a_key_that_came_later_leaves_older_runs_what_they_were() -> None:
+    assert "statistics" not in Experiment().identity(search=False)["optimizer"]
 
 
 def test_the_search_enters_the_fingerprint_of_a_study_alone() -> None:
