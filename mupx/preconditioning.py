@@ -228,3 +228,42 @@ def precondition_bias(gradient: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
         Q_B = solver["vectors_B"]
         return (Q_B @ ((Q_B.mT @ column) * solver["inner_bias"].unsqueeze(-1))).squeeze(-1)
     return (side_of(solver, "B") @ column).squeeze(-1)
+
+
+def undo(update: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
+    """Return G ``[d_out, d_in]`` with U = :func:`precondition` (G); not a number where U is always zero."""
+    if "inner" in solver:
+        Q_A, Q_B = solver["vectors_A"], solver["vectors_B"]
+        return Q_B @ ((Q_B.mT @ update @ Q_A) / solver["inner"]) @ Q_A.mT
+    return undo_side(side_of(solver, "A"), undo_side(side_of(solver, "B"), update).mT).mT
+
+
+def undo_bias(update: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
+    """Return g ``[d_out]`` with u = :func:`precondition_bias` (g)."""
+    column = update.unsqueeze(-1)
+    if "inner_bias" in solver:
+        Q_B = solver["vectors_B"]
+        return (Q_B @ ((Q_B.mT @ column) / solver["inner_bias"].unsqueeze(-1))).squeeze(-1)
+    return undo_side(side_of(solver, "B"), column).squeeze(-1)
+
+
+def undo_side(operator: Operator, X: Tensor) -> Tensor:
+    """Return P⁻¹ X for a symmetric operator P; not finite where P is zero."""
+    if isinstance(operator, Cholesky):
+        return operator.lower @ (operator.lower.mT @ X) / operator.gain[..., None, None]
+    if isinstance(operator, lowrank.LowRank):
+        C, inner, rest = operator
+        # On a column of squared norm v, P is φ = rest + inner·v, and (1/φ − 1/rest)/v = −inner/(φ rest).
+        eigenvalues = rest + inner * C.square().sum(-2)
+        return X / rest - C @ ((inner / (eigenvalues * rest))[:, None] * (C.mT @ X))
+    solution: Tensor = torch.linalg.solve_ex(operator, X)[0]
+    return solution
+
+
+def least_of(factor: Factor) -> Tensor:
+    """Return λmin(M) ``[...]`` of a factor in either form, by a decomposition where it is dense."""
+    if isinstance(factor, Columns):
+        d, r = factor.columns.shape
+        return factor.values.amin() if r == d else torch.zeros_like(factor.trace)
+    values, _, ok = eigh(factor)
+    return torch.where(ok, values[..., 0], 0.0)

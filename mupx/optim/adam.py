@@ -47,3 +47,9 @@ class AdamW(Base):
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return m̂ / (√v̂ + eps)."""
         return self.adam(parameter, gradient, group)
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return v / (√v̂ + eps), or the inverse."""
+        return self.adam_precondition(parameter, vector, group, inverse)

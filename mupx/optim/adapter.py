@@ -61,6 +61,18 @@ class Adapter:
         """Return the sizes behind the last update, known only of the parameters beside."""
         return self.rest.scales(parameter, group) if self.rest is not None else {}
 
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return nothing: the statistics of a foreign optimizer are not known."""
+        return {}
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v, known only of the parameters beside."""
+        return (
+            None if self.rest is None else self.rest.precondition(parameter, vector, group, inverse=inverse)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both."""
         rest = {} if self.rest is None else {"rest": self.rest.state_dict()}

@@ -212,6 +212,42 @@ class Base(torch.optim.Optimizer):
         square = state["exp_avg_sq"].mean().item() / (1 - group["betas"][1] ** state["step"])
         return {"v": Scale(math.sqrt(square), float(group["eps"]))}
 
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return λmin of the statistics of :meth:`scales` whose spectrum is known, by symbol.
+
+        It may cost a decomposition of each.
+        """
+        return {}
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v for the P of the last update, u = P g but for momentum; changes no state.
+
+        Args:
+            parameter: The parameter P belongs to.
+            vector: v, of the parameter's shape.
+            group: The parameter's group.
+            inverse: Return P⁻¹ v instead.
+
+        Returns:
+            The product, or None where there was no update yet or the optimizer's is no matrix times g.
+        """
+        if group["algorithm"] == self.algorithm:
+            return None
+        return self.adam_precondition(parameter, vector, group, inverse)
+
+    def adam_precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], inverse: bool
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v for Adam's P = diag(1/(√v̂ + eps))."""
+        state = self.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            return None
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+        diagonal: Tensor = corrected.sqrt() + over(group["eps"], corrected)
+        return vector * diagonal if inverse else vector / diagonal
+
     def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the heavy-ball buffer after adding ``update``."""
         momentum = group["momentum"]

@@ -40,3 +40,9 @@ class SGD(Base):
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the momentum buffer, or the gradient itself without momentum."""
         return self.momentum(parameter, gradient, group)
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return v: P is the identity."""
+        return vector
