@@ -126,6 +126,10 @@ class Captured(Base):
     def _name(self, weight: Tensor) -> str:
         return self._names[id(weight)].removesuffix(".weight")
 
+    def _owned(self, parameter: Tensor) -> Tensor:
+        """Return the weight whose factors a parameter uses: its own, or for a bias its layer's."""
+        return self._bias_owner[id(parameter)].weight if id(parameter) in self._bias_owner else parameter
+
     @property
     def refresh_due(self) -> bool:
         """Whether the coming step updates the curvature and so needs :meth:`curvature`."""

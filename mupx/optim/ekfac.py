@@ -185,7 +185,7 @@ class EKFAC(Kronecker):
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return the largest second moment, its ridge and their sum, as ``F``."""
-        weight = self._bias_owner[id(parameter)].weight if id(parameter) in self._bias_owner else parameter
+        weight = self._owned(parameter)
         moments = self.state.get(weight, {}).get("S" if weight is parameter else "s")
         if group["algorithm"] != self.algorithm or moments is None:
             return super().scales(parameter, group)

@@ -30,6 +30,7 @@ from mupx.preconditioning import (
     Factor,
     Solver,
     build_solver,
+    least_of,
     precondition,
     precondition_bias,
     ridges,
@@ -38,6 +39,8 @@ from mupx.preconditioning import (
     thin_pays,
     thin_update,
     trace_of,
+    undo,
+    undo_bias,
 )
 
 
@@ -179,7 +182,7 @@ class KFAC(Kronecker):
 
         Exact damping adds its one ridge to ``AB``, the eigenvalues of A⊗B.
         """
-        weight = self._bias_owner[id(parameter)].weight if id(parameter) in self._bias_owner else parameter
+        weight = self._owned(parameter)
         state = self.state.get(weight, {})
         A, B = (factor_in(state, side) or state.get(side) for side in "AB")
         if group["algorithm"] != self.algorithm or A is None or B is None:
@@ -200,3 +203,27 @@ class KFAC(Kronecker):
             "B": Scale(sizes["B"], rho_B.item(), traces["B"]),
         }
         return pairs if weight is parameter else {"B": pairs["B"]}
+
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return λmin of A and B, and under exact damping of A⊗B."""
+        found = self.scales(parameter, group)
+        state = self.state.get(self._owned(parameter), {})
+        least = {
+            side: least_of(factor_in(state, side) or state[side]).item() for side in "AB" if side in found
+        }
+        return least | ({"AB": least["A"] * least["B"]} if "AB" in found else {})
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v with the last solver; a bias's P is its layer's B side."""
+        if group["algorithm"] != self.algorithm:
+            return super().precondition(parameter, vector, group, inverse=inverse)
+        weight = self._owned(parameter)
+        state = self.state.get(weight, {})
+        if "refreshed_at" not in state:
+            return None
+        if weight is not parameter:
+            return undo_bias(vector, state) if inverse else precondition_bias(vector, state)
+        flat = vector.flatten(1)
+        return (undo(flat, state) if inverse else precondition(flat, state)).view_as(vector)

@@ -50,7 +50,16 @@ from mupx.optim.base import (
     sort_groups,
     split_ridge,
 )
-from mupx.preconditioning import Operator, size_of, thin_pays, thin_update, times, trace_of
+from mupx.preconditioning import (
+    Operator,
+    least_of,
+    size_of,
+    thin_pays,
+    thin_update,
+    times,
+    trace_of,
+    undo_side,
+)
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
 
 ROOT = 4.0
@@ -288,6 +297,34 @@ class Shampoo(Base):
                 largest = max(trace_of(factor).item() for factor in factors)
                 result[side] = Scale(size, float(group[key]) * unit, largest)
         return result
+
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return λmin of L and R, the smallest over blocks."""
+        state, found = self.state.get(parameter, {}), {}
+        for side in self.scales(parameter, group).keys() & {"L", "R"}:
+            names = [f"{side}{index}" for index in range(len(state))]
+            factors = [factor_in(state, name) or state.get(name) for name in names]
+            found[side] = min(least_of(factor).item() for factor in factors if factor is not None)
+        return found
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v with the last roots, block by block."""
+        if group["algorithm"] != self.algorithm:
+            return super().precondition(parameter, vector, group, inverse=inverse)
+        state, matrix = self.state.get(parameter, {}), vector.flatten(1)
+        if "refreshed_at" not in state:
+            return None
+        result = torch.empty_like(matrix)
+        for index, (rows, columns) in enumerate(blocks_of(matrix, self.blocks)):
+            left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
+            block = matrix[rows, columns]
+            if inverse:
+                result[rows, columns] = undo_side(right, undo_side(left, block).mT).mT
+            else:
+                result[rows, columns] = times(left @ block, right)
+        return result.view_as(vector)
 
     def _refresh(
         self,
