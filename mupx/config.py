@@ -241,6 +241,7 @@ class TrainConfig(_Section):
     threads: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
     eval_every: PositiveInt | None = None
+    curvature_every: PositiveInt | None = None
 
 
 class ScalingConfig(_Section):
@@ -392,8 +393,9 @@ class Experiment(_Section):
             document["search"].pop(key)
         if not search:
             document.pop("search")
-        if self.optimizer.statistics is None:  # the same of keys that came later
-            document["optimizer"].pop("statistics")
+        for section, key in (("optimizer", "statistics"), ("train", "curvature_every")):  # came later, too
+            if document[section][key] is None:
+                document[section].pop(key)
         if self.depth == DepthConfig():  # a run that leaves depth alone is the run it was without the section
             document.pop("depth")
         if sources := self.sources():

@@ -42,6 +42,12 @@ MARKS = {"best": "*", "robust": "D"}
 SIZES = {"best": 70.0, "robust": 80.0}
 FULL, PRUNED = 22.0, 7.0  # areas of dots; a pruned trial stopped early at the loss it shows
 GREY = "0.6"
+CURVATURE_PANELS = {
+    "lambda_max": "λmax",
+    "damping": "ridge / λmax",
+    "condition": "condition number",
+    "c": "c(P)",
+}
 SMOOTHING = 50  # a run's mean loss is drawn over 1/50 of its steps
 
 
@@ -158,6 +164,42 @@ def run_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylabel("loss")
         _legend(figure)
     return figure
+
+
+def curvature_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw a run's curvature: λmax, ridge/λmax and condition number of the factors, and c(P).
+
+    One line per matrix, dark to light from input to output; dashed lines are the output's side (B, L).
+    Biases and gains are left out; the thick line is c(P) of all tensors together.
+    """
+    matrices = dict.fromkeys(name for e in entries for name in e["curvature"] if "bias" not in name)
+    colours = mpl.colormaps["viridis"]
+    with styled_figure(7.2, 4.2) as figure:
+        grid = figure.subplots(2, 2, sharex=True).flat
+        for axes, (key, label) in zip(grid, CURVATURE_PANELS.items(), strict=True):
+            for i, name in enumerate(matrices):
+                style = {"color": colours(0.9 * i / max(1, len(matrices) - 1)), "label": name}
+                for line, values in _curvature_lines(entries, name, key).items():
+                    axes.plot(*zip(*values, strict=True), linestyle="--" if line in "BL" else "-", **style)
+            whole = [(e["step"], e["curvature_c"]) for e in entries if key == "c" and e.get("curvature_c")]
+            if whole:
+                axes.plot(*zip(*whole, strict=True), color=COLOURS["best"], linewidth=1.8, label="together")
+            axes.set_yscale("log")
+            axes.set_ylabel(label)
+            axes.set_xlabel("step")
+        _legend(figure)
+    return figure
+
+
+def _curvature_lines(entries: Sequence[Mapping[str, Any]], name: str, key: str) -> dict[str, list[Point]]:
+    lines: dict[str, list[Point]] = {}
+    for entry in entries:
+        found = entry["curvature"].get(name, {})
+        parts = {"P": found} | {symbol: part for symbol, part in found.items() if isinstance(part, dict)}
+        for symbol, part in parts.items():
+            if part.get(key):
+                lines.setdefault(symbol, []).append((entry["step"], part[key]))
+    return lines
 
 
 def running_mean(curve: Sequence[Point], size: int) -> list[Point]:

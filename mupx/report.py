@@ -114,18 +114,33 @@ def write_study(study: Study, experiment: Experiment, outputs: Outputs) -> list[
 
 
 def write_run(folder: Path, outputs: Outputs) -> list[Path]:
-    """Write a training run's table of steps and its learning curve; returns the files written."""
+    """Write a training run's table of steps and its learning curve, and the same of its curvature.
+
+    Returns:
+        The files written; the curvature's, where it was measured, are ``NAME-curvature.csv`` (or Parquet)
+        and ``curvature.png``.
+    """
     entries = read_metrics(folder)
+    measured = [entry for entry in entries if "curvature" in entry]
     written = []
     if outputs.csv or outputs.parquet:
         from mupx import tables
 
         written = tables.write(tables.metrics_frame(entries), outputs.csv, outputs.parquet)
+        if measured:
+            beside = (_beside(path) for path in (outputs.csv, outputs.parquet))
+            written += tables.write(tables.curvature_frame(measured), *beside)
     if outputs.figures is not None and entries:
         from mupx import plots
 
         written += [plots.save(plots.run_curves(entries), outputs.figures / "curves.png")]
+        if measured:
+            written += [plots.save(plots.curvature_curves(measured), outputs.figures / "curvature.png")]
     return written
+
+
+def _beside(path: Path | None) -> Path | None:
+    return None if path is None else path.with_stem(f"{path.stem}-curvature")
 
 
 def _study_figures(

@@ -90,8 +90,14 @@ class RunFolder:
             run.restore(saved)
         self._keep_metrics_until(run.step)
 
-    def record(self, run: Continuable, **values: float | None) -> None:
-        """Queue one line of metrics; it reaches the file with the next checkpoint."""
+    def record(self, run: Continuable, **values: Any) -> None:
+        """Queue one line of metrics; it reaches the file with the next checkpoint.
+
+        Keys: ``step`` and, in lines of their own, ``loss`` and ``lr_factor`` of every step;
+        ``validation_loss`` and ``validation_accuracy``; ``curvature_c``, ``curvature_best_scale`` (c(P) of
+        all tensors together) and ``curvature``: by parameter its ``c`` and ``best_scale``, and by symbol of
+        a statistic ``lambda_max``, ``damping`` and ``condition``, as :mod:`mupx.quality` defines them.
+        """
         self._metrics.append(json.dumps({"step": run.step, **values}))
 
     def save(self, run: Continuable) -> None:

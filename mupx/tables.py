@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FACTS = ("train_loss", "validation_loss", "validation_accuracy", "untrained", "steps", "seconds", "error")
 HEAD = ("trial", "state", "outcome", "value")
 TIMES = ("started", "ended")
+CURVATURE = ("lambda_max", "damping", "condition", "c", "best_scale")
 
 
 def trials_frame(trials: Sequence[FrozenTrial]) -> pd.DataFrame:
@@ -33,7 +34,31 @@ def trials_frame(trials: Sequence[FrozenTrial]) -> pd.DataFrame:
 def metrics_frame(entries: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row per line of a run's ``metrics.jsonl``."""
     columns = ["step", "loss", "lr_factor", "validation_loss", "validation_accuracy"]
+    measured = ["curvature_c", "curvature_best_scale"]
+    columns += measured if any("curvature" in entry for entry in entries) else []
     return pd.DataFrame(entries, columns=columns)
+
+
+def curvature_frame(entries: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return one row per measured step, parameter and statistic of a run's ``metrics.jsonl``.
+
+    The statistic ``P`` is the whole preconditioner, with ``c`` and ``best_scale``; the others have
+    ``lambda_max``, ``damping`` and ``condition`` (see :mod:`mupx.quality`).
+    """
+    rows = [
+        {"step": entry["step"], "parameter": name, "statistic": statistic, **values}
+        for entry in entries
+        for name, found in entry.get("curvature", {}).items()
+        for statistic, values in by_statistic(found).items()
+    ]
+    return pd.DataFrame(rows, columns=["step", "parameter", "statistic", *CURVATURE])
+
+
+def by_statistic(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what was measured of one parameter by statistic, its preconditioner as ``P``."""
+    nested = {key: value for key, value in found.items() if isinstance(value, dict)}
+    flat = {key: value for key, value in found.items() if key not in nested}
+    return {**nested, **({"P": flat} if flat else {})}
 
 
 def write(frame: pd.DataFrame, csv: Path | None = None, parquet: Path | None = None) -> list[Path]:

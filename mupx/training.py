@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mupx.optim.adapter import Trainable
 from mupx.parametrization import build_optimizer, initialise, resolved
 from mupx.parts import describe, load_data, own
 from mupx.plain_loss import find_loss
+from mupx.quality import Watch
 from mupx.recipe import Recipe
 from mupx.run_folder import Metrics, Result, RunFolder
 
@@ -209,8 +210,12 @@ class Run:
     def _where(self) -> str:
         return f"width {self.experiment.scaling.width}, step {self.step}"
 
-    def advance(self) -> float:
-        """Do one optimizer step and return the loss of its batch before the step."""
+    def advance(self, watch: Watch | None = None) -> float:
+        """Do one optimizer step and return the loss of its batch before the step.
+
+        Args:
+            watch: Measures the curvature along the step.
+        """
         config = self.experiment.train
         self.model.train()
         self.set_learning_rates()
@@ -219,10 +224,7 @@ class Run:
         inputs, targets = self.batch()
         total = 0.0
         self.optimizer.zero_grad()
-        for x, y in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
-            share = self._share(y, targets) if config.accumulate > 1 else 1.0
-            if share == 0.0:
-                continue  # the mean over no term is not a number
+        for x, y, share in self._parts(inputs, targets):
             with self.optimizer.curvature(y, loss_scale=share):
                 outputs = self.forward(x)
                 self.optimizer.update_curvature(outputs)
@@ -231,15 +233,37 @@ class Run:
                     (loss * share if config.accumulate > 1 else loss).backward()
             total += loss.item() * share
         if math.isfinite(total):
+            if watch is not None:
+                watch.keep_gradients()
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             with own(self.experiment.optimizer.name, lambda: f"doing its step at {self._where}"):
                 self.optimizer.step()
+            if watch is not None:
+                watch.finish(self.optimizer, lambda wanted: self._gradients(inputs, targets, wanted))
         if self.step == 0:
             self.untrained["train"] = total
         self.losses.append(total)
         self.step += 1
         return total
+
+    def _parts(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield the micro-batches that have terms, each with its part of the batch's terms."""
+        count = self.experiment.train.accumulate
+        for x, y in zip(inputs.chunk(count), targets.chunk(count), strict=True):
+            share = self._share(y, targets) if count > 1 else 1.0
+            if share != 0.0:  # the mean over no term is not a number
+                yield x, y, share
+
+    def _gradients(self, inputs: Tensor, targets: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of a batch's loss, apart from those the parameters carry."""
+        totals: list[Tensor | None] = [None] * len(wanted)
+        for x, y, share in self._parts(inputs, targets):
+            loss = self.loss(self.forward(x), y) * share
+            for i, new in enumerate(torch.autograd.grad(loss, wanted, allow_unused=True)):
+                old = totals[i]
+                totals[i] = new if old is None or new is None else old + new
+        return totals
 
     def _share(self, part: Tensor, whole: Tensor) -> float:
         """Return the part of a batch's terms that one micro-batch holds."""
@@ -324,9 +348,12 @@ def _loop(
         _require_start(run)
     while run.step < run.steps:
         with AtStepEnd() as stop:
-            loss = run.advance()
+            watch = None if folder is None else _watch(run)
+            loss = run.advance(watch)
             if folder is not None:
                 folder.record(run, loss=_finite(loss), lr_factor=_last_factor(run))
+                if watch is not None and watch.found:
+                    folder.record(run, **watch.found)
                 if stop.asked and math.isfinite(loss):
                     folder.save(run)
         stop.release()
@@ -385,6 +412,11 @@ def _objective(run: Run, since: int) -> float:
 def _record_validation(run: Run, folder: RunFolder) -> None:
     metrics = run.evaluate(run.data.validation)
     folder.record(run, validation_loss=metrics.loss, validation_accuracy=metrics.accuracy)
+
+
+def _watch(run: Run) -> Watch | None:
+    every = run.experiment.train.curvature_every
+    return Watch(run.model, run.device) if every and (run.step + 1) % every == 0 else None
 
 
 def _even_steps(steps: int, count: int) -> set[int]:

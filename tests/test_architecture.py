@@ -46,6 +46,7 @@ LEVELS = {
     "mupx.optim": 4,
     "mupx.parts": 5,
     "mupx.own_optimizer": 5,
+    "mupx.quality": 5,
     "mupx.parametrization": 5,
     "mupx.training": 6,
     "mupx.checkpoint": 6,

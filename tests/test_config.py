@@ -215,6 +215,7 @@ def test_what_does_not_change_the_numbers_does_not_change_the_fingerprint(experi
         {"optimizer.refresh": 3},
         {"optimizer.refresh": "1:5%,10"},
         {"optimizer.statistics": 1},
+        {"train.curvature_every": 10},
         {"scaling.width": 128},
         {"roles": {"x": "input"}},
         {"data.name": "mnist"},
@@ -227,7 +228,9 @@ def test_what_changes_the_numbers_changes_the_fingerprint(change: dict[str, Any]
 
 
 def test_a_key_that_came_later_leaves_older_runs_what_they_were() -> None:
-    assert "statistics" not in Experiment().identity(search=False)["optimizer"]
+    identity = Experiment().identity(search=False)
+    assert "statistics" not in identity["optimizer"]
+    assert "curvature_every" not in identity["train"]
 
 
 def test_the_search_enters_the_fingerprint_of_a_study_alone() -> None:

@@ -110,6 +110,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "batch_size": ("train.batch_size",),
     "epochs": ("train.epochs",),
     "steps": ("train.steps",),
+    "curvature_every": ("train.curvature_every",),
     "threads": ("train.threads",),
     "device": ("train.device",),
     "trials": ("search.trials",),

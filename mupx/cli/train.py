@@ -36,6 +36,7 @@ NOT_TRANSFERRED = (
 )
 # The recipe's shapes no longer hold.
 REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
+STATED = ("data_dir", "refresh", "curvature_every", "device", "threads", "seed")
 LINES = 10  # progress lines without a terminal
 
 
@@ -47,6 +48,9 @@ def command(
     set_: o.Set = None,
     data_dir: o.DataDir = None,
     refresh: o.Refresh = None,
+    curvature_every: Annotated[
+        int | None, o.whole("--curvature-every", o.WHERE, "Steps between measurements of the curvature.")
+    ] = None,
     run_dir: o.RunDir = None,
     device: o.Device = None,
     threads: o.Threads = None,
@@ -62,7 +66,7 @@ def command(
     Example: mupx train runs/mlp-fashion-mnist-14-kfac-w64/recipe-w1024.toml
     """
     source = recipes.read(recipe)
-    stated = {name: context.params[name] for name in ("data_dir", "refresh", "device", "threads", "seed")}
+    stated = {name: context.params[name] for name in STATED}
     changes = {**config.environment_changes(), **config.assignments(set_ or ()), **o.flag_changes(stated)}
     experiment = source.experiment.updated(changes)
     o.require_allowed(context, experiment, changes, allow_code)
