@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from mupx.blocks import BOTH, count_blocks
 from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
 from mupx.scaling import (
@@ -148,9 +149,11 @@ def derive(
             dimensions affine in width.
 
     Raises:
-        UsageError: Unknown optimizer or damping rule.
+        UsageError: Unknown optimizer or damping rule, or blocks longer than a side that grows.
         MismatchError: A parameter has no whole shape at the target width, or is not in the target model.
     """
+    parameters = list(parameters)
+    _refuse_long_blocks(parameters, experiment)
     if shapes is None:
         base_width, width = experiment.scaling.base_width, experiment.scaling.width
         return [_row(p, p.shape_at(base_width, width), experiment) for p in parameters]
@@ -249,16 +252,32 @@ def base_ridges(
     return ridge_A, ridge_B
 
 
-def block_grid(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Count the blocks of at most ``size`` rows and columns of a tensor flattened to a matrix."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    return (-(-rows // size), -(-columns // size)) if size else (1, 1)
-
-
 def _block_ratio(rule: ScalingRule, base: Shape, target: Shape, size: int) -> float:
-    if not (size and rule.lr.blocks):
+    if not (size and rule.blocked):
         return 1.0
-    return math.prod(block_grid(target, size)) / math.prod(block_grid(base, size))
+    return count_blocks(target, size, rule.sides) / count_blocks(base, size, rule.sides)
+
+
+def _refuse_long_blocks(parameters: Iterable[Parameter], experiment: Experiment) -> None:
+    """Refuse blocks that leave a growing side whole at the base width and cut it at larger ones."""
+    rule, size = experiment.optimizer.scaling_rule, experiment.optimizer.blocks
+    if not (size and rule.blocked):
+        return
+    for parameter in parameters:
+        if parameter.role == "vector" or (rule.kinds is not None and parameter.kind not in rule.kinds):
+            continue
+        base, grown = _sides(parameter.shape), _sides(parameter.doubled)
+        short = [a for side, a, b in zip(BOTH, base, grown, strict=True) if side in rule.sides and a < b]
+        if short and min(short) < size:
+            raise UsageError(
+                f"optimizer.blocks is {size}, but {parameter.name} has a side of {min(short)} at the base "
+                f"width {experiment.scaling.base_width}: the proxy would treat it whole and a wider model in "
+                f"blocks, which is another algorithm; use blocks of at most {min(short)}, or 0 for none"
+            )
+
+
+def _sides(shape: Shape) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
 
 
 def require_growth(parameters: Sequence[Parameter], base_width: int) -> None:

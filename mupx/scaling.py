@@ -113,6 +113,7 @@ class ScalingRule:
             already carries the init multiplier; the lr multiplier is divided by it.
         kinds: Parameter kinds the update can treat; None means all. The rest goes to ``fallback``.
         fallback: Name of the rule for the rest.
+        sides: Which sides are preconditioned, and so cut into blocks: ``LR``, ``L`` (output) or ``R``.
     """
 
     name: str
@@ -125,12 +126,19 @@ class ScalingRule:
     weight_norm_relative: bool = False
     kinds: frozenset[str] | None = None
     fallback: str = "adamw"
+    sides: str = "LR"
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a rule may be written in a config file
 
     @property
     def default_damping(self) -> str | None:
         """The damping rule used when none is named; None for updates without damping."""
         return next(iter(self.damping), None)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the update may be cut into blocks, so that their number enters the rule."""
+        ridges = (power for scale in self.damping.values() for power in (scale.A, scale.B))
+        return any(power is not None and power.blocks for power in (self.lr, self.eps, *ridges))
 
     def damping_scale(self, damping_rule: str | None) -> DampingScale:
         """Return the ridge multipliers under ``damping_rule`` (None: the default one)."""

@@ -19,6 +19,7 @@ LEVELS = {
     "mupx.blame": 0,
     "mupx.usercode": 0,
     "mupx.scaling": 0,
+    "mupx.blocks": 0,
     "mupx.files": 0,
     "mupx.mounts": 0,
     "mupx.interrupts": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mupx.config import Experiment, parse
 from mupx.errors import MismatchError, UsageError
-from mupx.layers import INTERNAL, Layer, Parameter, block_grid, derive, parse_role, require_growth
+from mupx.layers import INTERNAL, Layer, Parameter, derive, parse_role, require_growth
 from tests.strategies import experiments, parameters
 
 WEIGHT = Parameter("fc.weight", "linear", "hidden", (8, 8), (16, 16), (1,), (0,), 0.1)
@@ -124,25 +125,31 @@ def test_role_multipliers() -> None:
         assert scaled.init_std == std * plain.init_std
 
 
-@pytest.mark.parametrize(
-    ("shape", "size", "grid"),
-    [
-        ((8, 8), 0, (1, 1)),
-        ((8, 8), 8, (1, 1)),
-        ((9, 8), 8, (2, 1)),
-        ((32, 4, 3, 3), 16, (2, 3)),
-        ((3, 3), 100, (1, 1)),
-    ],
-)
-def test_block_grid(shape: tuple[int, ...], size: int, grid: tuple[int, int]) -> None:
-    assert block_grid(shape, size) == grid
-
-
 def test_blocks_enter_shampoos_lr_and_no_other() -> None:
     whole, blocked = (row(WEIGHT, optimizer__name="shampoo", optimizer__blocks=b) for b in (0, 8))
     assert blocked.lr == pytest.approx(whole.lr / math.sqrt(16))
     sgd = [row(WEIGHT, optimizer__name="sgd", optimizer__blocks=b).lr for b in (0, 8)]
     assert sgd[0] == sgd[1]
+
+
+@pytest.mark.parametrize(("width", "count"), [(8, 1), (12, 4), (16, 4), (20, 9), (56, 49)])
+def test_blocks_are_counted_at_widths_that_they_do_not_divide(width: int, count: int) -> None:
+    whole, blocked = (
+        derive([WEIGHT], experiment(width, optimizer__name="shampoo", optimizer__blocks=b))[0] for b in (0, 8)
+    )
+    assert blocked.lr == pytest.approx(whole.lr / math.sqrt(count))
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_blocks_longer_than_a_side_that_grows_are_refused(width: int) -> None:
+    for size in (8, 0):
+        derive([WEIGHT, HEAD, BIAS], experiment(width, optimizer__name="shampoo", optimizer__blocks=size))
+    with pytest.raises(UsageError, match=r"fc\.weight has a side of 8 at the base width 8.*at most 8"):
+        derive([WEIGHT], experiment(width, optimizer__name="shampoo", optimizer__blocks=9))
+    # Neither side of a tensor that does not grow makes a difference between widths.
+    fixed = replace(WEIGHT, doubled=WEIGHT.shape)
+    derive([fixed], experiment(width, optimizer__name="shampoo", optimizer__blocks=9))
+    derive([WEIGHT], experiment(width, optimizer__name="sgd", optimizer__blocks=9))
 
 
 def test_given_shapes_replace_the_extrapolation() -> None:

@@ -9,13 +9,14 @@ factors. What is not a matrix (biases, gains) goes to AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mupx.blocks import blocks_of
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, inverse_root
@@ -91,14 +92,6 @@ def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str)
     return root_L, root_R
 
 
-def blocks_of(matrix: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the (row, column) slices of blocks of at most ``size`` × ``size``; one block for size 0."""
-    rows, columns = matrix.shape[-2:]
-    for top in range(0, rows, size or rows):
-        for left in range(0, columns, size or columns):
-            yield slice(top, top + (size or rows)), slice(left, left + (size or columns))
-
-
 class Shampoo(Base):
     """Shampoo with exponent ¼ on each side.
 
@@ -119,7 +112,7 @@ class Shampoo(Base):
             roots are updated too. Such factors are kept dense.
         accumulate: ``average`` (running average with ``ema``) or ``sum``, as in the original.
         ema: Decay of the running average, per step.
-        blocks: Largest block edge; 0 means one block.
+        blocks: Longest block edge (see :mod:`mupx.blocks`); 0 means one block.
         model: The module the parameters belong to. With it, and with the forward and backward pass
             inside :meth:`curvature`, gradients of wide layers are kept as the thin products they are.
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
@@ -261,7 +254,7 @@ class Shampoo(Base):
         matrix = gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         update = matrix.new_empty(matrix.shape)
-        for index, (rows, columns) in enumerate(blocks_of(matrix, self.blocks)):
+        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks)):
             block = matrix[rows, columns]
             if new or stale:
                 self._refresh(state, index, block, thin, group, gap if new else None, stale)
