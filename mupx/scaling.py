@@ -248,6 +248,28 @@ def orthogonal(name: str, update: str, source: str, standing: str) -> ScalingRul
     )
 
 
+def rotated(name: str, sides: str, update: str) -> ScalingRule:
+    """Rule of Adam in the eigenbasis of L, R or both (Q, Z for both; derived for one).
+
+    With both sides rotated a gradient of low rank has few entries, each of order one after Adam: lr
+    (r_out/r_in)^½, as for Muon, and eps follows the gradient's norm, (r_in/r_out)^½. Along a side that is
+    not rotated all d entries are of order one: the update's norm has another d^½, an entry of the gradient
+    another d^-½. With neither side it is Adam's rule. n blocks have an update each: n^½ times the norm of
+    one, from n^-½ times the gradient.
+    """
+    unrotated = Power(r_out=0.0 if "L" in sides else -0.5, r_in=0.0 if "R" in sides else -0.5, blocks=-0.5)
+    return ScalingRule(
+        name=name,
+        update=update,
+        lr=Power(r_in=-0.5, r_out=0.5) * unrotated,
+        source="Q; Z" if sides == "LR" else "derived",
+        standing="cross-checked" if sides == "LR" else "derived",
+        eps=Power(r_in=0.5, r_out=-0.5, depth=-1) * unrotated,
+        kinds=MATRICES,
+        sides=sides,
+    )
+
+
 RULES: Mapping[str, ScalingRule] = {
     rule.name: rule
     for rule in (
@@ -271,7 +293,9 @@ RULES: Mapping[str, ScalingRule] = {
         shampoo("shampoo", 0.5, "L^-¼ G R^-¼"),
         shampoo("shampoo-half", 1.0, "L^-½ G R^-½"),
         replace(orthogonal("muon", "U Vᵀ of G = U Σ Vᵀ", "Q; Z", "cross-checked"), kinds=PRODUCTS),
-        orthogonal("soap", "Adam in the eigenbasis of L and R", "Q; Z", "cross-checked"),
+        rotated("soap", "LR", "Adam in the eigenbasis of L and R"),
+        rotated("soap-left", "L", "Adam in the eigenbasis of L"),
+        rotated("soap-right", "R", "Adam in the eigenbasis of R"),
         orthogonal("psgd", "Q_Lᵀ Q_L G Q_Rᵀ Q_R, whitening fit", "derived", "derived"),
         ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),
         ScalingRule(

@@ -178,3 +178,70 @@ def atan2_entries(
             row.append(a * math.atan2(m[i] / (1 - betas[0] ** t), b * math.sqrt(v[i] / (1 - betas[1] ** t))))
         directions.append(row)
     return directions
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Gram and Schmidt, column by column, each projected twice against rounding."""
+    done: list[Tensor] = []
+    for column in columns.T:
+        rest = column
+        for _ in range(2):
+            for q in done:
+                rest = rest - (q @ rest) * q
+        done.append(rest / rest.norm())
+    return torch.stack(done, dim=1)
+
+
+def soap_path(
+    gradients: list[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    refresh: int,
+    skip_first: bool = True,
+    statistics_first: bool = False,
+    carry_mean: bool = True,
+    reorder: bool = True,
+) -> list[Tensor]:
+    """SOAP's updates for one matrix, step by step as published (arXiv:2409.11321), m kept unrotated.
+
+    The last four arguments make wrong variants: use the first gradient, take a gradient into the bases
+    before its own step, leave m in the old basis, leave v in the old order.
+    """
+    rows, columns = gradients[0].shape
+    L, R = torch.zeros(rows, rows).double(), torch.zeros(columns, columns).double()
+    P, Q = torch.eye(rows).double(), torch.eye(columns).double()
+    m, v, t, updates = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0]), 0, []
+
+    def observe(G: Tensor, first: bool) -> None:
+        nonlocal L, R, P, Q, m, v
+        L, R = decay * L + (1 - decay) * G @ G.T, decay * R + (1 - decay) * G.T @ G
+        if first:
+            P, Q = torch.linalg.svd(L)[0], torch.linalg.svd(R)[0]
+        elif t % refresh == 0:
+            left = sorted(range(rows), key=lambda i: -float(P[:, i] @ L @ P[:, i]))
+            right = sorted(range(columns), key=lambda i: -float(Q[:, i] @ R @ Q[:, i]))
+            old_P, old_Q = P, Q
+            P, Q = _orthonormal(L @ P[:, left]), _orthonormal(R @ Q[:, right])
+            if reorder:
+                v = v[left][:, right]
+            if not carry_mean:
+                m = P @ old_P.T @ m @ old_Q @ Q.T
+
+    for index, G in enumerate(gradients):
+        if index == 0:
+            observe(G, first=True)
+            if skip_first:
+                updates.append(torch.zeros_like(G))
+                continue
+        t += 1
+        if statistics_first:
+            observe(G, first=False)
+        m = betas[0] * m + (1 - betas[0]) * G
+        v = betas[1] * v + (1 - betas[1]) * (P.T @ G @ Q) ** 2
+        size = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        updates.append(size * P @ ((P.T @ m @ Q) / (v.sqrt() + eps)) @ Q.T)
+        if not statistics_first and index:
+            observe(G, first=False)
+    return updates

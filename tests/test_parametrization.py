@@ -390,7 +390,8 @@ def test_a_model_of_another_width_is_refused() -> None:
 def test_default_damping_rule_is_filled_in() -> None:
     for name in OPTIMIZERS:
         rule = resolved(Experiment.model_validate({"optimizer": {"name": name}})).optimizer.damping_rule
-        assert rule == next(iter(RULES[name].damping), None)
+        assert rule == RULES[name].default_damping
+    assert resolved(Experiment()).optimizer.damping_rule == "trace"
 
 
 @pytest.mark.parametrize(

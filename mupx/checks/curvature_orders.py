@@ -2,8 +2,9 @@
 
 Under μP activations are Θ(1) and back-propagated signals 1/r_out per entry, so λmax(A) ∝ r_in,
 λmax(B) ∝ 1/r_out, λmax(F) of a Fisher or Gauss-Newton block r_in/r_out, Shampoo's λmax(L) = λmax(R) ∝
-r_in/r_out, Adam's √v̂ ∝ 1/r_out and the norm ‖G‖_F of a matrix gradient ∝ (r_in/r_out)^½. A ridge must
-follow its statistic: ρ/λmax flat in width. Symbols are those of :meth:`mupx.optim.base.Base.scales`.
+r_in/r_out, Adam's √v̂ ∝ 1/r_out and the norm ‖G‖_F of a matrix gradient ∝ (r_in/r_out)^½, as is the largest
+√v̂ in the eigenbasis of L and R (SOAP). A ridge must follow its statistic: ρ/λmax flat in width. Symbols are
+those of :meth:`mupx.optim.base.Base.scales`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ORDERS: Mapping[str, Power] = {
     "R": Power(r_in=1, r_out=-1),
     "v": Power(r_out=-1),
     "G": Power(r_in=0.5, r_out=-0.5),
+    "w": Power(r_in=0.5, r_out=-0.5),
 }
 TRACES = {"A": "tr(A)", "B": "tr(B)", "AB": "tr(A⊗B)", "F": "tr(F)", "L": "tr(L)", "R": "tr(R)"}
 SIZES = {
@@ -33,9 +35,11 @@ SIZES = {
     "R": "λmax(R)",
     "v": "√v",
     "G": "‖G‖",
+    "w": "max √v",
 }
-RIDGES = {"A": "ρ_A", "B": "ρ_B", "AB": "ρ", "F": "ρ", "L": "ρ_L", "R": "ρ_R", "v": "eps", "G": "eps"}
-BESIDE_EPS = {"muon": "G"}  # what an optimizer's eps stands beside, where it is not Adam's √v̂
+RIDGES = {"A": "ρ_A", "B": "ρ_B", "AB": "ρ", "F": "ρ", "L": "ρ_L", "R": "ρ_R"} | dict.fromkeys("vGw", "eps")
+# What an optimizer's eps stands beside, where it is not Adam's √v̂; "" where no order is known.
+BESIDE_EPS = {"muon": "G", "soap": "w", "soap-left": "", "soap-right": ""}
 
 
 Sizes = dict[str, dict[str, tuple[float | None, ...]]]

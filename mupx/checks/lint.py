@@ -179,8 +179,8 @@ def _pairs(
     experiment: Experiment, layer: Layer, base: Layer
 ) -> Iterator[tuple[str, float | None, float | None]]:
     rule = experiment.optimizer.damping_rule
-    if layer.eps is not None:
-        yield BESIDE_EPS.get(layer.optimizer, "v"), layer.eps, base.eps
+    if layer.eps is not None and (symbol := BESIDE_EPS.get(layer.optimizer, "v")):
+        yield symbol, layer.eps, base.eps
     if rule == "absolute" and layer.optimizer in ONE_BLOCK:
         yield "F", layer.damping_B, base.damping_B
     elif rule == "absolute":

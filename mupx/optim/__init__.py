@@ -18,6 +18,9 @@ OPTIMIZERS = Registry(
         "foof": "mupx.optim.foof:FOOF",
         "ekfac": "mupx.optim.ekfac:EKFAC",
         "shampoo": "mupx.optim.shampoo:Shampoo",
+        "soap": "mupx.optim.soap:SOAP",
+        "soap-left": "mupx.optim.soap:LeftSOAP",
+        "soap-right": "mupx.optim.soap:RightSOAP",
     },
 )
 

@@ -310,7 +310,7 @@ class Shampoo(Base):
         if "refreshed_at" not in state:
             return None
         result = torch.empty_like(matrix)
-        for index, (rows, columns) in enumerate(blocks_of(matrix, self.blocks)):
+        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             block = matrix[rows, columns]
             if inverse:

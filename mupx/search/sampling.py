@@ -54,6 +54,9 @@ DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]
     ("ekfac", "absolute"): {"lr": (2**-7, 1.0), "damping": (2**-10, 1.0)},
     ("shampoo", "relative"): {"lr": (2**-7, 2**-1), "damping": (2**-16, 2**-5)},
     ("shampoo", "absolute"): {"lr": (2**-7, 2**-1), "damping": (2**-24, 2**-8)},
+    ("soap", None): {"lr": (2**-9, 2**-2)},
+    ("soap-left", None): {"lr": (2**-9, 2**-2)},
+    ("soap-right", None): {"lr": (2**-9, 2**-2)},
 }
 BETAS = frozenset({"adamw", "lion", "adam-atan2"})  # their momentum is `optimizer.betas`
 # Ranges around the base model's own values; the last column says whether the scale is logarithmic.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from tests.optim.training import batches, train
-from tests.survival import parametrized
+from tests.survival import SENSITIVE, parametrized
 
 CURVED = ("kfac", "foof", "shampoo")
 
@@ -25,7 +25,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 # Only K-FAC's δ carries the scale of the loss: for the others there is nothing to forget.
-TOLD = [*((name, True) for name in sorted(OPTIMIZERS)), ("kfac", False)]
+STABLE = sorted(set(OPTIMIZERS) - SENSITIVE)
+TOLD = [*((name, True) for name in STABLE), ("kfac", False)]
 
 
 @pytest.mark.parametrize(("name", "told"), TOLD)
@@ -138,6 +139,7 @@ def test_a_bias_without_its_frozen_weight_is_refused_where_it_uses_its_factor(na
         assert not torch.equal(model[2].bias, bias)
 
 
+@pytest.mark.parametrize("name", STABLE)
 def test_the_loop_in_the_readme_trains_on_the_whole_batch(name: str) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"```python\n(for step in range\(steps\):.*?)```", readme, re.S)
