@@ -33,7 +33,7 @@ from pydantic import (
 
 from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.refresh import read_refresh
-from mupx.scaling import Role, ScalingRule, WeightDecayMode, find_rule
+from mupx.scaling import HOSTS, Role, ScalingRule, WeightDecayMode, find_rule, grafted
 from mupx.usercode import HOW, digest, is_reference, label, source_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -89,6 +89,9 @@ class DataConfig(_Section):
 class OptimizerConfig(_Section):
     """Which optimizer and its structural choices (nothing here is tuned).
 
+    ``graft`` and ``normalise`` set the size of the update apart from its direction (see
+    :mod:`mupx.update_norm`) and with it the width rule of the learning rate.
+
     Curvature is refreshed at least every ``refresh`` steps, and early in training so often that it is
     never older than the fraction ``staleness`` of the steps done; phases in place of the number, such as
     ``10:0.3%,100``, say it outright (see :mod:`mupx.refresh`). Its factors are averaged every
@@ -110,6 +113,8 @@ class OptimizerConfig(_Section):
     solver: Literal["auto", "dense", "low-rank"] = "auto"
     accumulate: Literal["average", "sum"] = "average"
     blocks: Annotated[int, Field(ge=0, strict=True)] = 0
+    graft: Literal["none", "sgd", "adam", "rms"] = "none"
+    normalise: Literal["none", "spectral"] = "none"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     fallback_lr: Positive = 1e-3
     weight_decay_mode: WeightDecayMode = "independent"
@@ -128,6 +133,12 @@ class OptimizerConfig(_Section):
         Raises:
             UsageError: Unknown, or an optimizer of your own that names none.
         """
+        rule = self._own_rule
+        host = self.normalise if self.normalise != "none" else self.graft
+        return rule if host == "none" else grafted(HOSTS[host], rule)
+
+    @property
+    def _own_rule(self) -> ScalingRule:
         if isinstance(self.rule, ScalingRule):
             return self.rule
         if self.rule is None and is_reference(self.name):
@@ -398,6 +409,9 @@ class Experiment(_Section):
                 document[section].pop(key)
         if self.depth == DepthConfig():  # a run that leaves depth alone is the run it was without the section
             document.pop("depth")
+        for key in ("graft", "normalise"):  # likewise
+            if document["optimizer"][key] == "none":
+                document["optimizer"].pop(key)
         if sources := self.sources():
             document[SOURCE] = sources
         return document

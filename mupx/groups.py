@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Group = dict[str, Any]
 CHECKED = ("lr", "damping_A", "damping_B", "eps", "weight_decay")
+SIZED = ("graft", "normalise")  # what sets the size of an update; stated only where something does
 WRAPPED, COMPILED = "module.", "_orig_mod."  # put before names by DistributedDataParallel and torch.compile
 ROUNDING = 1e-9
 
@@ -54,6 +55,7 @@ def make_groups(model: nn.Module, layers: Sequence[Layer], experiment: Experimen
             "betas": optimizer.betas,
             "momentum": hyper.momentum,
             "weight_decay_mode": optimizer.weight_decay_mode,
+            **{key: value for key in SIZED if (value := getattr(optimizer, key)) != "none"},
         }
         for layer in layers
     ]

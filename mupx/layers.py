@@ -195,7 +195,7 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
     return Layer(
         name=parameter.name,
         role=parameter.role,
-        optimizer=rule.name,
+        optimizer=rule.algorithm,
         shape=shape,
         r_in=r_in,
         r_out=r_out,

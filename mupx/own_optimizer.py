@@ -35,8 +35,8 @@ def adapted(
     own = experiment.optimizer
     name, args, rule = own.name, own.args, own.scaling_rule
     takes = signature(kind)
-    mine = [_with_damping(group) for group in groups if group["algorithm"] == rule.name]
-    rest = [group for group in groups if group["algorithm"] != rule.name]
+    mine = [_with_damping(group) for group in groups if group["algorithm"] == rule.algorithm]
+    rest = [group for group in groups if group["algorithm"] != rule.algorithm]
     if not mine:
         raise UsageError(f"the rule {rule.name} of optimizer {name} treats no parameter of this model")
     _refuse_lost(name, takes, experiment)

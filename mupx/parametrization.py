@@ -22,6 +22,7 @@ from mupx.config import Experiment, Hyperparameters, OptimizerConfig
 from mupx.depth import Source, depth_arguments, describe_at_depth
 from mupx.errors import UsageError, unknown_name
 from mupx.groups import (
+    SIZED,
     Group,
     check_groups,
     lr_factor,
@@ -57,7 +58,17 @@ __all__ = [
     "parametrize",
     "resolved",
 ]
-STRUCTURE = ("fisher", "refresh", "staleness", "statistics", "ema", "solver", "blocks", "accumulate")
+STRUCTURE = (
+    "fisher",
+    "refresh",
+    "staleness",
+    "statistics",
+    "ema",
+    "solver",
+    "blocks",
+    "accumulate",
+    *SIZED,
+)
 DEFAULTED = ("lr", "damping")  # where the caller gives none, the optimizer class has one
 
 
@@ -122,7 +133,7 @@ def build_optimizer(
     if not (isinstance(kind, type) and issubclass(kind, Base)):
         return adapted(kind, groups, experiment, model)
     for group in groups:  # a Base treats what carries its own name, the rest by AdamW
-        group["algorithm"] = kind.algorithm if group["algorithm"] == rule.name else group["algorithm"]
+        group["algorithm"] = kind.algorithm if group["algorithm"] == rule.algorithm else group["algorithm"]
     args = experiment.optimizer.args
     accepted = signature(kind)
     keys = (*Hyperparameters.model_fields, *OptimizerConfig.model_fields)  # the groups carry their values
@@ -156,6 +167,7 @@ def resolved(experiment: Experiment) -> Experiment:
         raise OPTIMIZERS.unknown(name)
     find_parametrization(experiment.scaling.parametrization)
     experiment = with_rule(experiment)
+    _refuse_size(experiment.optimizer)
     rule = experiment.optimizer.scaling_rule
     loss = find_loss(experiment.train.loss)
     if experiment.optimizer.fisher != "empirical" and type(loss) is PlainLoss:
@@ -167,6 +179,16 @@ def resolved(experiment: Experiment) -> Experiment:
     elif experiment.optimizer.damping_rule is not None:
         raise UsageError(f"{name} has no damping, but optimizer.damping_rule is set; remove it")
     return experiment
+
+
+def _refuse_size(optimizer: OptimizerConfig) -> None:
+    """Refuse a graft or a normalisation that the optimizer would leave out while its rule counts on it."""
+    name = optimizer.name
+    takes = signature(find_optimizer(name) if is_reference(name) else OPTIMIZERS.load(name))
+    for key in SIZED:
+        if getattr(optimizer, key) != "none" and key not in takes:
+            able = (n for n in OPTIMIZERS if key in signature(OPTIMIZERS.load(n)))
+            raise UsageError(f"{name} takes no optimizer.{key}; leave it out, or use {', '.join(able)}")
 
 
 def experiment_from(

@@ -73,6 +73,7 @@ class Power:
 
 
 ONE = Power()
+GRAFTED = "#"  # host#guest: the guest's update in the size of the host's
 # IK, Prop. 4.1 and TP5, table 3: b = (0, ½, 1); vectors keep the base law.
 MUP_INIT: Mapping[Role, Power] = {
     "input": Power(r_in=-0.5),
@@ -128,6 +129,11 @@ class ScalingRule:
     fallback: str = "adamw"
     sides: str = "LR"
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a rule may be written in a config file
+
+    @property
+    def algorithm(self) -> str:
+        """The optimizer that makes the directions: the guest of a grafted rule, else the rule's own name."""
+        return self.name.rpartition(GRAFTED)[2]
 
     @property
     def default_damping(self) -> str | None:
@@ -311,6 +317,31 @@ RULES: Mapping[str, ScalingRule] = {
 }
 
 
+# What may set the size of another optimizer's update: `optimizer.graft`, and `optimizer.normalise`.
+HOSTS: Mapping[str, ScalingRule] = {
+    "sgd": RULES["sgd"],
+    "adam": RULES["adamw"],
+    "rms": ScalingRule("rms", "u / RMS(u)", Power(r_in=-1), "derived", "derived"),
+    "spectral": ScalingRule("spectral", "u / ‖u‖₂", Power(r_in=-0.5, r_out=0.5), "Q; Z", "cross-checked"),
+}
+
+
+def grafted(host: ScalingRule, guest: ScalingRule) -> ScalingRule:
+    """Rule of the guest's direction in the host's size (Q): the host's lr, all else the guest's.
+
+    >>> grafted(HOSTS["adam"], RULES["shampoo"]).lr.formula
+    'r_in^-1'
+    """
+    return replace(
+        guest,
+        name=f"{host.name}{GRAFTED}{guest.name}",
+        update=f"{guest.update}, in the size of {host.update}",
+        lr=host.lr,
+        source="; ".join(dict.fromkeys(["Q", *host.source.split("; "), *guest.source.split("; ")])),
+        standing="cross-checked",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Parametrization:
     """A way to spread one set of base values over layers: which init law, and what is scaled.
@@ -404,10 +435,16 @@ PARAMETRIZATIONS: Mapping[str, Parametrization] = {
 
 
 def find_rule(name: str) -> ScalingRule:
-    """Return the rule called ``name``; an unknown name lists the known ones."""
-    if name not in RULES:
-        raise unknown_name("scaling rule", name, RULES)
-    return RULES[name]
+    """Return the rule called ``name``, or grafted as ``host#guest``; an unknown name lists the known ones."""
+    host, grafts, guest = name.rpartition(GRAFTED)
+    if guest not in RULES:
+        raise unknown_name("scaling rule", guest, RULES)
+    if not grafts:
+        return RULES[guest]
+    hosts = {rule.name: rule for rule in HOSTS.values()}
+    if host not in hosts:
+        raise unknown_name("host of a grafted rule", host, hosts)
+    return grafted(hosts[host], RULES[guest])
 
 
 def find_parametrization(name: str) -> Parametrization:

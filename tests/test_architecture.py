@@ -34,6 +34,7 @@ LEVELS = {
     "mupx.roles": 2,
     "mupx.starter": 2,
     "mupx.linalg": 2,
+    "mupx.update_norm": 3,
     "mupx.lowrank": 2,
     "mupx.preconditioning": 3,
     "mupx.samples": 3,

@@ -27,7 +27,7 @@ def explain(recipe: Recipe) -> None:
 
 
 def _rule_of(name: str, main: ScalingRule) -> ScalingRule:
-    return main if name == main.name else find_rule(name)  # an own optimizer's rule may be no known one
+    return main if name == main.algorithm else find_rule(name)  # an own optimizer's rule may be no known one
 
 
 def reading(
@@ -93,16 +93,16 @@ def _folded(rule: ScalingRule) -> str:
 
 def _rules(recipe: Recipe, law: Parametrization) -> None:
     main = recipe.experiment.optimizer.scaling_rule
-    groups: dict[str, list[str]] = {main.name: []}
+    groups: dict[str, list[str]] = {main.algorithm: []}
     for layer in recipe.layers:
         groups.setdefault(layer.optimizer, []).append(layer.name)
     for name, members in groups.items():
         rule = _rule_of(name, main)
         damping_rule = recipe.experiment.optimizer.damping_rule if rule is main else None
         say(
-            f"[{name}]"
+            f"[{main.name}]"
             if rule is main
-            else f"[{name}, for what {main.name} does not treat: {', '.join(members)}]"
+            else f"[{name}, for what {main.algorithm} does not treat: {', '.join(members)}]"
         )
         for line in formulas(rule, law, rule.damping_scale(damping_rule)):
             say(f"  {line}")

@@ -2,7 +2,8 @@
 
 An optimizer supplies :meth:`Base.direction`; it never overrides ``step``. Group keys besides torch's
 own: ``algorithm`` (the optimizer's own name, or ``adamw`` for what it cannot treat), ``damping_A``,
-``damping_B``, ``eps``, ``betas``, ``momentum``, ``weight_decay``, ``weight_decay_mode``.
+``damping_B``, ``eps``, ``betas``, ``momentum``, ``weight_decay``, ``weight_decay_mode``, and ``graft`` and
+``normalise`` (see :mod:`mupx.update_norm`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
 from mupx.scaling import WeightDecayMode, find_rule
+from mupx.update_norm import SIZES, asks_for_size, sized
 
 Groups = Iterable[Any]
 
@@ -186,6 +188,11 @@ class Base(torch.optim.Optimizer):
         lr: Scalar = group["lr"]
         return lr
 
+    def _gradient(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the gradient that the parameter's update is made from."""
+        l2 = group["weight_decay"] if group["weight_decay_mode"] == "l2" else 0.0
+        return decayed(parameter, parameter.grad, "l2", l2, 1.0, 1.0)[1]  # type: ignore[arg-type]
+
     def adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Adam's direction: the whole of AdamW, and the fallback of the others."""
         state = self.state[parameter]
@@ -249,8 +256,10 @@ class Base(torch.optim.Optimizer):
         return vector * diagonal if inverse else vector / diagonal
 
     def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the heavy-ball buffer after adding ``update``."""
+        """Return the heavy-ball buffer after adding ``update`` in the size that the group asks for."""
         momentum = group["momentum"]
+        if asks_for_size(group):
+            update = sized(update, self._gradient(parameter, group), self.state[parameter], group)
         if isinstance(momentum, float) and momentum == 0.0:
             return update
         state = self.state[parameter]
@@ -391,3 +400,5 @@ def _validate(group: dict[str, Any]) -> None:
         if not 0 <= value < 1:
             raise UsageError(f"{key} must be ≥ 0 and < 1, got {value}")
     require_choice("weight_decay_mode", group["weight_decay_mode"], get_args(WeightDecayMode))
+    for key, allowed in SIZES.items():
+        require_choice(key, group.get(key, "none"), allowed)

@@ -76,6 +76,9 @@ class KFAC(Kronecker):
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
             layer and side whichever costs less.
         momentum: Heavy-ball momentum on the preconditioned update.
+        graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
+            (see :mod:`mupx.update_norm`).
+        normalise: ``spectral`` divides the update by its largest singular value; or ``none``.
         fallback_lr: AdamW's learning rate for what K-FAC cannot factor.
         betas: AdamW's betas for the same.
         eps: AdamW's eps for the same.
@@ -106,6 +109,8 @@ class KFAC(Kronecker):
         ema: float = 0.95,
         solver: str = "auto",
         momentum: float = 0.0,
+        graft: str = "none",
+        normalise: str = "none",
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -120,6 +125,8 @@ class KFAC(Kronecker):
             "damping_A": ridge_A,
             "damping_B": ridge_B,
             "momentum": momentum,
+            "graft": graft,
+            "normalise": normalise,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,

@@ -118,6 +118,9 @@ class Shampoo(Base):
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), or ``auto``: per
             layer and side whichever costs less.
         momentum: Heavy-ball momentum on the preconditioned update.
+        graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
+            (see :mod:`mupx.update_norm`).
+        normalise: ``spectral`` divides the update by its largest singular value; or ``none``.
         fallback_lr: AdamW's learning rate for biases and gains.
         betas: AdamW's betas for the same.
         eps: AdamW's eps for the same.
@@ -155,6 +158,8 @@ class Shampoo(Base):
         model: nn.Module | None = None,
         solver: str = "auto",
         momentum: float = 0.0,
+        graft: str = "none",
+        normalise: str = "none",
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -179,6 +184,8 @@ class Shampoo(Base):
             "damping_A": ridge_R,
             "damping_B": ridge_L,
             "momentum": momentum,
+            "graft": graft,
+            "normalise": normalise,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,

@@ -83,6 +83,9 @@ class SOAP(Base):
         max_precond_dim: Longest side that is rotated; 0 means any. A side that grows with width must not
             cross it: cut it into blocks instead.
         momentum: Heavy-ball momentum on the update, beside Adam's own mean.
+        graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
+            (see :mod:`mupx.update_norm`).
+        normalise: ``spectral`` divides the update by its largest singular value; or ``none``.
         fallback_lr: Adam's learning rate for biases and gains.
         weight_decay: λ under ``weight_decay_mode``.
         weight_decay_mode: ``independent``, ``adamw`` or ``l2``.
@@ -104,6 +107,8 @@ class SOAP(Base):
         blocks: int = 0,
         max_precond_dim: int = 10_000,
         momentum: float = 0.0,
+        graft: str = "none",
+        normalise: str = "none",
         fallback_lr: Scalar = 1e-3,
         weight_decay: float = 0.0,
         weight_decay_mode: str = "independent",
@@ -122,6 +127,8 @@ class SOAP(Base):
             "betas": betas,
             "eps": eps,
             "momentum": momentum,
+            "graft": graft,
+            "normalise": normalise,
             "weight_decay": weight_decay,
             "weight_decay_mode": weight_decay_mode,
         }

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial
 from mupx.config import Experiment, Range
 from mupx.errors import UsageError, unknown_name
 from mupx.optim import OPTIMIZERS
-from mupx.scaling import find_rule
+from mupx.scaling import GRAFTED, find_rule
 from mupx.usercode import is_reference
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]
     ("soap-right", None): {"lr": (2**-9, 2**-2)},
 }
 BETAS = frozenset({"adamw", "lion", "adam-atan2"})  # their momentum is `optimizer.betas`
+# Host of a grafted or normalised update → range of its lr.
+SIZED_LR: Mapping[str, tuple[float, float]] = {
+    "sgd": (2**-5, 2**3),
+    "adamw": (2**-10, 2**-3),
+    "rms": (2**-10, 2**-3),
+    "spectral": (2**-8, 1.0),
+}
 # Ranges around the base model's own values; the last column says whether the scale is logarithmic.
 ROLE_RANGES: Mapping[str, tuple[float, float, bool]] = {
     "lr_mult_input": (0.125, 8.0, True),
@@ -96,6 +103,10 @@ def space_of(experiment: Experiment) -> dict[str, Range]:
     optimizer = experiment.optimizer
     rule = optimizer.scaling_rule
     damping_rule = optimizer.damping_rule or rule.default_damping
+    host, grafts, guest = rule.name.rpartition(GRAFTED)
+    if grafts:
+        lr = Range(low=SIZED_LR[host][0], high=SIZED_LR[host][1])
+        return {**default_space(guest, damping_rule), "lr": lr}
     if is_reference(optimizer.name) and (rule.name, damping_rule) not in DEFAULT_SPACES:
         return {}
     return default_space(rule.name, damping_rule)
