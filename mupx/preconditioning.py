@@ -42,7 +42,17 @@ class Cholesky(NamedTuple):
         return 2 * self.lower.shape[-1] ** 2
 
 
-Operator = Tensor | LowRank | Cholesky
+class Identity:
+    """What stands for the operator of a side that is not preconditioned."""
+
+    flops = 0
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Return X."""
+        return X
+
+
+Operator = Tensor | LowRank | Cholesky | Identity
 
 
 def ridges(A: Factor, B: Factor, damping_A: Scalar, damping_B: Scalar, rule: str) -> tuple[Tensor, Tensor]:
@@ -249,6 +259,8 @@ def undo_bias(update: Tensor, solver: Mapping[str, Tensor]) -> Tensor:
 
 def undo_side(operator: Operator, X: Tensor) -> Tensor:
     """Return P⁻¹ X for a symmetric operator P; not finite where P is zero."""
+    if isinstance(operator, Identity):
+        return X
     if isinstance(operator, Cholesky):
         return operator.lower @ (operator.lower.mT @ X) / operator.gain[..., None, None]
     if isinstance(operator, lowrank.LowRank):

@@ -215,17 +215,19 @@ def whole_block(name: str, update: str, source: str) -> ScalingRule:
     )
 
 
-def shampoo(name: str, E: float, update: str) -> ScalingRule:
+def shampoo(name: str, E: float, update: str, sides: str = "LR") -> ScalingRule:
     """Rule of L^-e_L G R^-e_R with E = e_L + e_R: lr (r_out/r_in)^(1-E) · blocks^-E (IK, Q)."""
     ridge = Power(r_in=1, r_out=-1, depth=-2, blocks=-1)
+    absolute = DampingScale(ridge if "R" in sides else None, ridge if "L" in sides else None)
     return ScalingRule(
         name=name,
         update=update,
         lr=Power(r_in=E - 1, r_out=1 - E, depth=1 - 2 * E, blocks=-E),
         source="IK Prop. 4.1; Q",
         standing="theorem",
-        damping={"relative": UNSCALED_DAMPING, "absolute": DampingScale(ridge, ridge)},
+        damping={"relative": UNSCALED_DAMPING, "absolute": absolute},
         kinds=MATRICES,
+        sides=sides,
     )
 
 
@@ -298,6 +300,8 @@ RULES: Mapping[str, ScalingRule] = {
         kronecker("backward-only", 0, 1, "(B+ρ_B)^-1 G", "derived from IK Prop. 4.1", "derived"),
         shampoo("shampoo", 0.5, "L^-¼ G R^-¼"),
         shampoo("shampoo-half", 1.0, "L^-½ G R^-½"),
+        shampoo("shampoo-left", 0.5, "L^-½ G", "L"),
+        shampoo("shampoo-right", 0.5, "G R^-½", "R"),
         replace(orthogonal("muon", "U Vᵀ of G = U Σ Vᵀ", "Q; Z", "cross-checked"), kinds=PRODUCTS),
         rotated("soap", "LR", "Adam in the eigenbasis of L and R"),
         rotated("soap-left", "L", "Adam in the eigenbasis of L"),

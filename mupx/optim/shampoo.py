@@ -1,22 +1,23 @@
 """Shampoo: precondition a matrix gradient by inverse roots of its row and column second moments.
 
-Update: U = (L + ridge)^(-1/p) G (R + ridge)^(-1/p), L = average of G Gᵀ ``[d_out, d_out]``, R = average
-of Gᵀ G ``[d_in, d_in]``, p = 4 (Gupta et al. 2018, arXiv:1802.09568). The ridge is ρ·λmax of the factor
-(``relative``) or ρ itself (``absolute``); it is never added into the running statistics. Convolution
-weights are flattened to ``[out, in·k·k]``. Large matrices may be cut into blocks, each with its own
-factors. What is not a matrix (biases, gains) goes to AdamW.
+Update: U = (L + ridge)^-e G (R + ridge)^-e, L = average of G Gᵀ ``[d_out, d_out]``, R = average of Gᵀ G
+``[d_in, d_in]``, e = ¼ (Gupta et al. 2018, arXiv:1802.09568), or ½ on both sides (the optimal Kronecker
+approximation squared, arXiv:2406.17748) or on one alone (one-sided Shampoo, arXiv:2503.10537). The ridge
+is ρ·λmax of the factor (``relative``) or ρ itself (``absolute``); it is never added into the running
+statistics. Convolution weights are flattened to ``[out, in·k·k]``. Large matrices may be cut into blocks,
+each with its own factors. What is not a matrix (biases, gains) goes to AdamW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mupx.blocks import blocks_of
+from mupx.blocks import BOTH, blocks_of
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, inverse_root
@@ -52,6 +53,7 @@ from mupx.optim.base import (
     split_ridge,
 )
 from mupx.preconditioning import (
+    Identity,
     Operator,
     least_of,
     size_of,
@@ -63,7 +65,7 @@ from mupx.preconditioning import (
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
 
-ROOT = 4.0
+EXPONENT = 0.25
 
 
 def moments(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +89,13 @@ def _weighted(rows: Tensor, others: Tensor) -> Tensor:
 def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str) -> tuple[Tensor, Tensor]:
     """Return the damped inverse fourth roots of L and R; zero where a factor is zero or not finite."""
     relative = rule == "relative"
-    root_L, _ = inverse_root(L, ROOT, damping_L, relative)
-    root_R, _ = inverse_root(R, ROOT, damping_R, relative)
+    root_L, _ = inverse_root(L, 1 / EXPONENT, damping_L, relative)
+    root_R, _ = inverse_root(R, 1 / EXPONENT, damping_R, relative)
     return root_L, root_R
 
 
 class Shampoo(Base):
-    """Shampoo with exponent ¼ on each side.
+    """Shampoo with exponent ¼ on each side; the variants below it differ in exponent or sides alone.
 
     Width rule (arXiv:2312.12226; 2512.05620): lr × (r_out/r_in)^½ · n_blocks^-½; an absolute ridge ×
     r_in/(r_out · n_blocks); a relative ridge × 1.
@@ -129,6 +131,8 @@ class Shampoo(Base):
     """
 
     algorithm = "shampoo"
+    exponent: ClassVar[float] = EXPONENT
+    sides: ClassVar[str] = BOTH
     kept = (
         "damping_rule",
         "accumulate",
@@ -166,7 +170,7 @@ class Shampoo(Base):
         weight_decay: float = 0.0,
         weight_decay_mode: str = "independent",
     ) -> None:
-        self.damping_rule = require_damping_rule("shampoo", damping_rule)
+        self.damping_rule = require_damping_rule(self.algorithm, damping_rule)
         self.accumulate = require_choice("accumulate", accumulate, ("average", "sum"))
         require_refresh(refresh, staleness, ema)
         if blocks < 0:
@@ -230,7 +234,7 @@ class Shampoo(Base):
     def _watched(self) -> dict[str, Layer]:
         if self.solver == "dense":
             return {}
-        mine = {id(p) for g in self.param_groups if g["algorithm"] == "shampoo" for p in g["params"]}
+        mine = {id(p) for g in self.param_groups if g["algorithm"] == self.algorithm for p in g["params"]}
         return {
             name: layer
             for name, layer in self._layers.items()
@@ -261,7 +265,7 @@ class Shampoo(Base):
         matrix = gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         update = matrix.new_empty(matrix.shape)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks)):
+        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
             block = matrix[rows, columns]
             if new or stale:
                 self._refresh(state, index, block, thin, group, gap if new else None, stale)
@@ -317,7 +321,7 @@ class Shampoo(Base):
         if "refreshed_at" not in state:
             return None
         result = torch.empty_like(matrix)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks)):
+        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             block = matrix[rows, columns]
             if inverse:
@@ -339,6 +343,8 @@ class Shampoo(Base):
         # An average of columns is a decomposition: with statistics of their own, factors are dense.
         columns = (None, None) if thin is None or self.statistics is not None else thin_moments(*thin)
         for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
+            if side not in self.sides:
+                continue
             name = f"{side}{index}"
             old = factor_in(state, name)
             # Outside its columns a factor is its ridge alone: without one it has no inverse root there.
@@ -365,7 +371,7 @@ class Shampoo(Base):
             size_of(factor) if self.damping_rule == "relative" else torch.ones_like(factor.trace)
         )
         factor = truncated(factor, TOLERANCE * ridge)
-        function, _ = low_rank_root(factor, ROOT, ridge)
+        function, _ = low_rank_root(factor, 1 / self.exponent, ridge)
         state.update(state_of(name, factor, function))
 
     def _refresh_dense(
@@ -385,7 +391,8 @@ class Shampoo(Base):
             return
         state[name] = finite_or(factor, old)
         if stale or columns is not None:
-            state[f"root_{name}"], _ = inverse_root(factor, ROOT, damping, self.damping_rule == "relative")
+            relative = self.damping_rule == "relative"
+            state[f"root_{name}"], _ = inverse_root(factor, 1 / self.exponent, damping, relative)
 
     def _average(self, old: Tensor | None, block: Tensor, seen: int, gap: int) -> Tensor:
         new = block @ block.mT
@@ -394,7 +401,28 @@ class Shampoo(Base):
         return running_average(old, new, self.ema, seen, gap)
 
 
+class HalfShampoo(Shampoo):
+    """Shampoo with exponent ½ on each side; lr × n_blocks^-1, ridges as for Shampoo."""
+
+    algorithm = "shampoo-half"
+    exponent = 0.5
+
+
+class LeftShampoo(Shampoo):
+    """Shampoo with exponent ½ on the output side alone, which alone is cut into blocks; lr as Shampoo's."""
+
+    algorithm = "shampoo-left"
+    exponent, sides = 0.5, "L"
+
+
+class RightShampoo(Shampoo):
+    """Shampoo with exponent ½ on the input side alone, which alone is cut into blocks; lr as Shampoo's."""
+
+    algorithm = "shampoo-right"
+    exponent, sides = 0.5, "R"
+
+
 def _root_in(state: dict[str, Any], name: str) -> Operator:
     function = function_in(state, name)
-    root: Operator = state[f"root_{name}"] if function is None else function
+    root: Operator = state.get(f"root_{name}", Identity()) if function is None else function
     return root

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from mupx.blocks import blocks_of
 from mupx.errors import UsageError
-from mupx.optim.shampoo import Shampoo, moments, roots
+from mupx.optim.shampoo import HalfShampoo, LeftShampoo, RightShampoo, Shampoo, moments, roots
+from mupx.scaling import RULES, Power
 from tests import oracles
+from tests.factories import small_mlp
+from tests.optim.slopes import TOLERANCE, largest_off, wrong_lr
+from tests.optim.training import batches, make, train
 from tests.strategies import rotation, seeds
 
 ARRAYS = oracles.golden_arrays("shampoo_mlp")
@@ -61,9 +65,9 @@ def test_twin_by_singular_values(shape: tuple[int, int], relative: bool) -> None
     assert not torch.allclose(root_L @ G @ root_R, wrong)
 
 
-def step(G: Tensor, **options: Any) -> Tensor:
+def step(G: Tensor, kind: type[Shampoo] = Shampoo, **options: Any) -> Tensor:
     weight = nn.Parameter(torch.zeros_like(G))
-    optimizer = Shampoo([weight], lr=1.0, **options)
+    optimizer = kind([weight], lr=1.0, **options)
     weight.grad = G.clone()
     optimizer.step()
     return -weight.detach()
@@ -100,6 +104,86 @@ def test_blocks_are_independent_matrices(size: int) -> None:
     for rows, columns in blocks_of(G.shape, size):
         covered[rows, columns] += 1
     assert torch.equal(covered, torch.ones_like(G))
+
+
+VARIANTS = {"shampoo-half": HalfShampoo, "shampoo-left": LeftShampoo, "shampoo-right": RightShampoo}
+
+
+@pytest.mark.parametrize("rule", ["relative", "absolute"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_by_singular_values(name: str, rule: str) -> None:
+    G = torch.randn(4, 6, dtype=torch.double)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    rho = 0.1 * (float(S[0]) ** 2 if rule == "relative" else 1.0)
+    powers = {"shampoo-half": -1.0, "shampoo-left": -0.5, "shampoo-right": -0.5}
+    wanted, wrong = (
+        U @ torch.diag(S * (S**2 + rho) ** power) @ Vh for power in (powers[name], powers[name] / 2)
+    )
+    update = step(G, VARIANTS[name], damping=0.1, damping_rule=rule)
+    torch.testing.assert_close(update, wanted)
+    assert not torch.allclose(update, wrong, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "own"), [("shampoo-left", "L"), ("shampoo-right", "R")])
+def test_one_sided_variants_differ_by_their_side(name: str, own: str) -> None:
+    # A second gradient tells the sides apart: with one both are the same function of its singular values.
+    first, second = torch.randn(2, 4, 6, dtype=torch.double)
+    weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.double))
+    optimizer = VARIANTS[name]([weight], lr=1.0, damping=0.1, damping_rule="absolute")
+    for G in (first, second):
+        before = weight.detach().clone()
+        weight.grad = G.clone()
+        optimizer.step()
+    L, R = ((a + b) / 2 for a, b in zip(moments(first), moments(second), strict=True))
+    eye_L, eye_R = 0.1 * torch.eye(4).double(), 0.1 * torch.eye(6).double()
+    left = oracles.matrix_power(L + eye_L, -0.5) @ second
+    right = second @ oracles.matrix_power(R + eye_R, -0.5)
+    right_one, wrong = (left, right) if own == "L" else (right, left)
+    update = before - weight.detach()
+    torch.testing.assert_close(update, right_one)
+    assert not torch.allclose(update, wrong, rtol=1e-2)
+    assert set(optimizer.scales(weight, optimizer.param_groups[0])) == {own}
+
+
+def test_one_sided_variants_cut_their_own_side_alone() -> None:
+    G = torch.randn(5, 7, dtype=torch.double)
+    for name, kind in VARIANTS.items():
+        whole = step(G, kind, blocks=3)
+        parts = list(blocks_of(G.shape, 3, RULES[name].sides))
+        assert len(parts) == {"LR": 6, "L": 2, "R": 3}[kind.sides]
+        for rows, columns in parts:
+            torch.testing.assert_close(whole[rows, columns], step(G[rows, columns], kind))
+
+
+# Variant → what its rule could be mistaken for; of left and right, which have Shampoo's E, by the default.
+MISTAKEN = {"shampoo": "shampoo-half", "shampoo-half": "shampoo", "shampoo-left": "shampoo-half"}
+
+
+@pytest.mark.parametrize(("blocks", "rule"), [(0, "relative"), (32, "absolute")])
+@pytest.mark.parametrize("name", ["shampoo", *VARIANTS])
+def test_one_step_has_its_order_in_width(name: str, blocks: int, rule: str) -> None:
+    setup = (name, rule, 0.01, 1e-2 if rule == "relative" else 1e-4)
+    assert largest_off(setup, optimizer__blocks=blocks) < TOLERANCE
+    mistaken = RULES[MISTAKEN.get(name, "shampoo-half")]
+    off = mistaken.lr * RULES[name].lr.inverse()
+    with wrong_lr(name, off):
+        assert largest_off(setup, optimizer__blocks=blocks) > 2 * TOLERANCE
+    if blocks:
+        with wrong_lr(name, Power(blocks=0.5)):
+            assert largest_off(setup, optimizer__blocks=blocks) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["shampoo", *VARIANTS])
+def test_a_batch_given_twice_changes_nothing(name: str) -> None:
+    finals = []
+    for copies in (1, 3):
+        torch.manual_seed(2)
+        model = small_mlp().double()
+        optimizer = make(name, model, damping=0.1)
+        data = batches(6, torch.double)
+        train(model, optimizer, [(x.repeat(copies, 1), y.repeat(copies)) for x, y in data])
+        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*finals, rtol=1e-9, atol=1e-11)
 
 
 def test_vectors_go_to_adamw() -> None:
