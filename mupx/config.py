@@ -48,6 +48,7 @@ SOURCE = "source"
 OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "lion": {"optimizer": {"betas": (0.9, 0.99)}},
     "muon": {"hyperparameters": {"momentum": 0.95, "eps": 1e-7}},
+    "psgd": {"hyperparameters": {"momentum": 0.9}},
 }
 
 

@@ -306,7 +306,11 @@ RULES: Mapping[str, ScalingRule] = {
         rotated("soap", "LR", "Adam in the eigenbasis of L and R"),
         rotated("soap-left", "L", "Adam in the eigenbasis of L"),
         rotated("soap-right", "R", "Adam in the eigenbasis of R"),
-        orthogonal("psgd", "Q_Lᵀ Q_L G Q_Rᵀ Q_R, whitening fit", "derived", "derived"),
+        replace(
+            orthogonal("psgd", "Q_Lᵀ Q_L G Q_Rᵀ Q_R, whitening fit", "derived", "derived"),
+            eps=None,
+            kinds=PRODUCTS,
+        ),
         ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),
         ScalingRule(
             "gauss-newton",

@@ -245,3 +245,37 @@ def soap_path(
         if not statistics_first and index:
             observe(G, first=False)
     return updates
+
+
+def psgd_update(Q_L: Any, Q_R: Any, G: Any) -> np.ndarray[Any, Any]:
+    """P g with the whole matrix P = Qᵀ Q, Q = Q_L ⊗ Q_R; vec stacks rows."""
+    Q = np.kron(Q_L, Q_R)
+    return np.asarray((Q.T @ Q @ G.flatten()).reshape(G.shape))
+
+
+def psgd_criterion(Q_L: Any, Q_R: Any, G: Any, V: Any) -> float:
+    """c(P) = gᵀ P g + vᵀ P⁻¹ v with the whole matrix."""
+    Q = np.kron(Q_L, Q_R)
+    P = Q.T @ Q
+    return float(G.flatten() @ P @ G.flatten() + V.flatten() @ np.linalg.solve(P, V.flatten()))
+
+
+def psgd_norm(M: Any, steps: int) -> float:
+    """The estimate of ‖M‖₂: power iteration from the longest row, in loops."""
+    row = max(M, key=lambda r: sum(x * x for x in r))
+    for _ in range(steps):
+        row = M.T @ (M @ (row / np.sqrt(sum(x * x for x in row))))
+    return float(np.linalg.norm(M @ row) / np.linalg.norm(row))
+
+
+def psgd_fit(Q_L: Any, Q_R: Any, G: Any, V: Any, rate: float, steps: int) -> tuple[Any, Any]:
+    """One step of the fit with explicit inverses; equal largest entries afterwards."""
+    A = Q_L @ G @ Q_R.T
+    B = np.linalg.inv(Q_L).T @ V @ np.linalg.inv(Q_R)
+    found = []
+    for Q, whitened, probed in ((Q_L, A @ A.T, B @ B.T), (Q_R, A.T @ A, B.T @ B)):
+        slope = whitened - probed
+        upper = [[slope[i, j] if j >= i else 0.0 for j in range(len(Q))] for i in range(len(Q))]
+        found.append(Q - rate / psgd_norm(whitened + probed, steps) * np.array(upper) @ Q)
+    c = math.sqrt(np.abs(found[0]).max() / np.abs(found[1]).max())
+    return found[0] / c, found[1] * c

@@ -14,6 +14,7 @@ OPTIMIZERS = Registry(
         "lion": "mupx.optim.lion:Lion",
         "adam-atan2": "mupx.optim.adam_atan2:AdamAtan2",
         "muon": "mupx.optim.muon:Muon",
+        "psgd": "mupx.optim.psgd:PSGD",
         "kfac": "mupx.optim.kfac:KFAC",
         "foof": "mupx.optim.foof:FOOF",
         "ekfac": "mupx.optim.ekfac:EKFAC",

@@ -44,6 +44,7 @@ DEFAULT_SPACES: Mapping[tuple[str, str | None], Mapping[str, tuple[float, float]
     ("lion", None): {"lr": (2**-12, 2**-4)},
     ("adam-atan2", None): {"lr": (2**-10, 2**-3)},
     ("muon", None): {"lr": (2**-8, 2**-1)},
+    ("psgd", None): {"lr": (2**-8, 2**-1)},
     ("kfac", "absolute"): {"lr": (2**-6, 1.0), "damping": (2**-6, 2.0)},
     ("kfac", "trace"): {"lr": (2**-8, 2**-1), "damping": (2**-8, 2**-3)},
     ("kfac", "pi"): {"lr": (2**-6, 1.0), "damping": (2**-10, 2**-2)},

@@ -26,6 +26,7 @@ FULL: dict[str, dict[str, Any]] = {
     "lion": {"lr": 0.005, "weight_decay": 0.01},
     "adam-atan2": {"weight_decay": 0.01},
     "muon": {"weight_decay": 0.01},
+    "psgd": {"weight_decay": 0.01, "iterations": 2, "update_probability": 0.5},
     "kfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "foof": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "ekfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},

@@ -20,6 +20,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "lion": {"lr": 0.003, "weight_decay": 0.01},
     "adam-atan2": {"lr": 0.01, "weight_decay": 0.01},
     "muon": {"lr": 0.02, "weight_decay": 0.01},
+    "psgd": {"lr": 0.02, "weight_decay": 0.01},
     "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "foof": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "ekfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},

@@ -24,6 +24,7 @@ SOLVERS = [
     ("adam-atan2", {}),
     ("lion", {}),
     ("muon", {}),
+    ("psgd", {}),
     ("sgd", {}),
     ("shampoo", {"solver": "dense"}),
     ("shampoo", {"solver": "low-rank"}),
