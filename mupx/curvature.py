@@ -19,7 +19,7 @@ which works under ``torch.func.grad`` and ``vmap``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -294,10 +294,14 @@ class EagerCapture:
             directions = self._loss.exact_gradients(outputs)
         else:
             directions = self._loss.sampled_gradients(outputs, generator, labels).unsqueeze(0)
-        if self._mask is not None:
-            directions = directions * self._mask.unsqueeze(-1)
+        self.backpropagate(outputs, directions)
+
+    def backpropagate(self, outputs: Tensor, directions: Iterable[Tensor]) -> None:
+        """Back-propagate given directions ``[N, …, C]``, one after the other, to every layer."""
         edges = [edge for _, edge in self._edges]
         for direction in directions:
+            if self._mask is not None:
+                direction = direction * self._mask.unsqueeze(-1)
             gradients = torch.autograd.grad(outputs, edges, direction, retain_graph=True)
             for (name, _), gradient in zip(self._edges, gradients, strict=True):
                 self._add_delta(name, gradient, 1.0)

@@ -112,3 +112,39 @@ def turned(moments: Tensor, left: Tensor, right: Tensor) -> Tensor:
         right: Q, orthogonal, ``[..., d_in, d_in]``.
     """
     return left.square().mT @ moments @ right.square()
+
+
+def gram(h: Tensor, delta: Tensor) -> Tensor:
+    """Return K = [⟨G_kn, G_k'n'⟩], ``[..., K·N, K·N]``, directions outermost.
+
+    With one position it is the product of two small Gram matrices, entry by entry, (δ·δ')(h·h'); with
+    several, the gradients of some output units are formed at a time.
+
+    Args:
+        h: ``[..., N, T, d_in]``.
+        delta: ``[..., K, N, T, d_out]``.
+    """
+    directions, count = delta.shape[-4:-2]
+    if h.shape[-2] == 1:
+        rows, signals = h.squeeze(-2), delta.squeeze(-2).flatten(-3, -2)
+        inputs = (rows @ rows.mT).repeat(*[1] * (rows.dim() - 2), directions, directions)
+        return signals @ signals.mT * inputs
+    size = max(1, ENTRIES // (directions * count * h.shape[-1]))
+    total = torch.zeros((), dtype=h.dtype, device=h.device)
+    for part in delta.split(size, -1):
+        rows = sample_gradients(h, part).flatten(-2).flatten(-3, -2)
+        total = total + rows @ rows.mT
+    return total
+
+
+def project(h: Tensor, delta: Tensor, matrix: Tensor) -> Tensor:
+    """Return ⟨G_kn, V⟩ ``[..., K·N]`` for V ``[..., d_out, d_in]``, directions outermost."""
+    image = h @ matrix.mT.unsqueeze(-3)
+    return (delta * image.unsqueeze(-4)).sum((-2, -1)).flatten(-2)
+
+
+def combine(h: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_kn c_kn G_kn, ``[..., d_out, d_in]``, for c ``[..., K·N]``, directions outermost."""
+    c = weights.reshape(*weights.shape[:-1], *delta.shape[-4:-2])
+    signals = (delta * c[..., None, None]).sum(-4)
+    return signals.flatten(-3, -2).mT @ h.flatten(-3, -2)

@@ -312,14 +312,16 @@ RULES: Mapping[str, ScalingRule] = {
             kinds=PRODUCTS,
         ),
         ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),
-        ScalingRule(
-            "gauss-newton",
-            "(JᵀJ + ρ)^-1 G, layer-wise",
-            ONE,
-            "derived",
-            "derived",
-            damping={"absolute": DampingScale(None, Power(r_in=1, r_out=-1, depth=-2))},
-            kinds=FACTORED,
+        whole_block("gauss-newton", "(JᵀJ + ρ)^-1 G, layer-wise", "derived"),
+        # Every ridge follows its own block, which makes one order of all of them: a = (-½, 0, ½) in the
+        # form a = 0. The sum over a network's depth blocks of order 1/depth² needs ρ ∝ 1/depth.
+        replace(
+            whole_block("gauss-newton-full", "(JᵀJ + D)^-1 G, D = ρ_l by tensor", "derived"),
+            lr=ONE,
+            damping={
+                "trace": DampingScale(None, Power(depth=1)),
+                "absolute": DampingScale(None, Power(r_in=1, r_out=-1, depth=-1)),
+            },
         ),
     )
 }

@@ -260,6 +260,7 @@ def kept(group: dict[str, Any], ratio: float) -> None:
 TRACE = {"lr": 0.01, "damping": 0.1, "damping_rule": "trace"}
 # Ridges of the order of the factors' largest eigenvalues: where they decide the size of the update.
 ABSOLUTE = {"lr": 0.05, "damping": 0.3, "damping_ratio": 50.0, "damping_rule": "absolute"}
+HEAVY = {"lr": 0.1, "damping": 10.0, "damping_rule": "absolute"}
 EXACT = {"lr": 1e-3, "damping": 0.01, "damping_rule": "exact"}
 
 
@@ -275,6 +276,10 @@ EXACT = {"lr": 1e-3, "damping": 0.01, "damping_rule": "exact"}
         ("foof", TRACE, ("lr", -1), 0.7),
         ("ekfac", TRACE, ("lr", 1), 0.7),
         ("ekfac", EXACT | {"damping_rule": "absolute"}, ("damping_B", 2), 1.2),
+        ("gauss-newton", TRACE, ("lr", 1), 0.7),
+        ("gauss-newton", EXACT | {"damping_rule": "absolute"}, ("damping_B", 2), 1.2),
+        ("gauss-newton-full", TRACE, ("lr", -1), 0.7),  # the layer-wise rule
+        ("gauss-newton-full", HEAVY, ("damping_B", -1), 0.7),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "relative"}, ("lr", 1), 0.7),
         ("shampoo", {"lr": 0.01, "damping": 1e-3, "damping_rule": "absolute"}, ("damping_B", 2), 0.3),
     ],

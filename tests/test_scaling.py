@@ -156,6 +156,8 @@ def test_shampoo_with_blocks_and_depth(E: float, depth: float, blocks: float) ->
         (RULES["kfac"], -1, 0, -2, None),
         (RULES["foof"], 1, 0, None, None),
         (RULES["ekfac"], -1, None, -2, None),
+        (RULES["gauss-newton"], -1, None, -2, None),
+        (RULES["gauss-newton-full"], 0, None, -1, None),
         (kronecker("half", 0.5, 0.5, "", "", "derived"), 0, 0, -2, None),
         (RULES["shampoo"], 0, -2, -2, None),
         (RULES["shampoo-half"], -1, -2, -2, None),

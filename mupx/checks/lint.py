@@ -21,8 +21,8 @@ from mupx.groups import check_groups
 from mupx.layers import Layer, Parameter, derive
 from mupx.training import Run
 
-KRONECKER = ("kfac", "foof", "ekfac", "backward-only", "gauss-newton")
-ONE_BLOCK = ("ekfac", "gauss-newton")  # one ridge on the whole block of a tensor
+KRONECKER = ("kfac", "foof", "ekfac", "backward-only", "gauss-newton", "gauss-newton-full")
+ONE_BLOCK = ("ekfac", "gauss-newton", "gauss-newton-full")  # one ridge on the whole block of a tensor
 FLAT = 0.05  # exponents closer to zero than this are rounding
 # Trace damping ρ'·N → slope of |Δh| at the read-out, one step, K-FAC μP, batch N = 64, up to width 2048.
 UNDER_DAMPED = ((0.0064, -0.56), (0.064, -0.28), (0.19, -0.12), (0.64, -0.01))

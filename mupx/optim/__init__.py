@@ -18,6 +18,8 @@ OPTIMIZERS = Registry(
         "kfac": "mupx.optim.kfac:KFAC",
         "foof": "mupx.optim.foof:FOOF",
         "ekfac": "mupx.optim.ekfac:EKFAC",
+        "gauss-newton": "mupx.optim.gauss_newton:GaussNewton",
+        "gauss-newton-full": "mupx.optim.gauss_newton:GaussNewtonFull",
         "shampoo": "mupx.optim.shampoo:Shampoo",
         "shampoo-half": "mupx.optim.shampoo:HalfShampoo",
         "shampoo-left": "mupx.optim.shampoo:LeftShampoo",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 
+from mupx import scaling
 from mupx.checks.result import Report
+from mupx.scaling import ONE, DampingScale
 
 from .settings import Field, Role, Setup, experiment, mutant, registered, slopes
 
@@ -14,6 +19,10 @@ SETUPS: dict[str, Setup] = {
     "foof, absolute": ("foof", "absolute", 0.1, 0.3),
     "ekfac, trace": ("ekfac", "trace", 0.05, 0.01),
     "ekfac, absolute": ("ekfac", "absolute", 0.05, 0.1),
+    "gauss-newton, trace": ("gauss-newton", "trace", 0.05, 0.01),
+    "gauss-newton, absolute": ("gauss-newton", "absolute", 0.05, 0.1),
+    "gauss-newton-full, trace": ("gauss-newton-full", "trace", 0.05, 0.01),
+    "gauss-newton-full, absolute": ("gauss-newton-full", "absolute", 0.05, 0.1),
 }
 # What is spoiled: (role, value, power of the width ratio).
 WRONG: list[tuple[str, tuple[Role, Field, float]]] = [
@@ -29,6 +38,13 @@ WRONG: list[tuple[str, tuple[Role, Field, float]]] = [
     ("ekfac, trace", ("hidden", "damping_B", 1.0)),  # a multiple of the mean of S
     ("ekfac, absolute", ("input", "damping_B", 1.0)),  # left unscaled
     ("ekfac, absolute", ("vector", "damping_B", 1.0)),
+    ("gauss-newton, trace", ("input", "lr", 1.0)),
+    ("gauss-newton, trace", ("output", "lr", -1.0)),
+    ("gauss-newton, trace", ("vector", "lr", -1.0)),
+    ("gauss-newton, absolute", ("input", "damping_B", 1.0)),  # left unscaled
+    ("gauss-newton, absolute", ("output", "damping_B", -1.0)),
+    ("gauss-newton-full, trace", ("hidden", "lr", -1.0)),
+    ("gauss-newton-full, absolute", ("input", "damping_B", 1.0)),
 ]
 
 
@@ -47,3 +63,20 @@ def test_the_rule_passes(name: str) -> None:
 def test_a_wrong_exponent_fails(name: str, wrong: tuple[Role, Field, float]) -> None:
     with registered(mutant(*wrong)):
         assert measured(SETUPS[name], scaling__parametrization="mutant").verdict == "fail"
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_one_ridge_for_a_whole_network_leaves_the_lower_layers_behind(fisher: str) -> None:
+    """The textbook's ρ: blocks of order r_in/r_out meet in one sum, and the read-out's outgrows the rest."""
+    right = scaling.RULES["gauss-newton-full"]
+    textbook = replace(right, damping={**right.damping, "absolute": DampingScale(None, ONE)})
+    setup = SETUPS["gauss-newton-full, absolute"]
+    with patch.dict(scaling.RULES, {"gauss-newton-full": textbook}):  # type: ignore[arg-type]
+        report = measured(setup, optimizer__fisher=fisher)
+    own = {row.name: row.slope for row in report.rows if row.quantity == "own"}
+    assert report.verdict == "fail"
+    # One power of width apart from layer to layer, on the way to -2, -1, 0.
+    assert own["hidden1.weight"] - own["input.weight"] == pytest.approx(1, abs=0.3)
+    assert own["output.weight"] - own["hidden1.weight"] == pytest.approx(1, abs=0.3)
+    assert own["input.weight"] < -1
+    assert measured(setup, optimizer__fisher=fisher).verdict == "pass"

@@ -30,6 +30,8 @@ FULL: dict[str, dict[str, Any]] = {
     "kfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "foof": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
     "ekfac": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5, "refresh": 3, "staleness": 1.0},
+    "gauss-newton": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "gauss-newton-full": {"momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "shampoo": {"momentum": 0.9, "blocks": 4, "refresh": 3, "staleness": 1.0},
     "shampoo-half": {"lr": 0.01, "momentum": 0.5, "damping": 0.1, "refresh": 3, "staleness": 1.0},
     "shampoo-left": {"blocks": 4, "refresh": 3, "staleness": 1.0},

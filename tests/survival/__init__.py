@@ -24,6 +24,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "kfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "foof": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "ekfac": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "gauss-newton": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
+    "gauss-newton-full": {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01, "damping": 0.5},
     "shampoo": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "shampoo-half": {"lr": 0.01, "damping": 0.1},
     "shampoo-left": {"lr": 0.05},
@@ -36,6 +38,8 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "kfac": {"refresh": 3, "staleness": 1.0},
     "foof": {"refresh": 3, "staleness": 1.0},
     "ekfac": {"refresh": 3, "staleness": 1.0},
+    "gauss-newton": {},
+    "gauss-newton-full": {},
     "shampoo": {"refresh": 3, "staleness": 1.0},
     "soap": {"refresh": 2},
 }
