@@ -40,7 +40,8 @@ Layer = nn.Linear | nn.Conv2d
 
 def factorable_layers(model: nn.Module) -> dict[str, Layer]:
     """Return the layers of ``model`` that K-FAC can factor, by qualified name."""
-    return {name: m for name, m in model.named_modules() if factorable(m)}
+    layers = ((name, m) for name, m in model.named_modules() if factorable(m))
+    return {name: m for name, m in layers if m.weight.numel()}  # nothing is known of a side without units
 
 
 def input_rows(layer: nn.Module, h: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Result:
         test: Only when asked for.
         untrained: Loss before the first step: ``train`` on the first batch, ``validation`` on the split.
         seconds: Wall time of the steps and evaluations done by this process.
+        skipped_steps: Steps not done because a gradient was not finite; ten in a row end a run.
     """
 
     outcome: str
@@ -46,6 +47,7 @@ class Result:
     test: Metrics | None
     untrained: Mapping[str, float]
     seconds: float
+    skipped_steps: int = 0
 
 
 class Continuable(Protocol):

@@ -33,6 +33,7 @@ from mupx.recipe import Recipe
 from mupx.run_folder import Metrics, Result, RunFolder
 
 DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
+SKIPPED_AT = 10  # steps in a row without a finite gradient, though the loss is finite: they will not end
 TAIL = 0.1  # the training loss is the mean over this last part of the steps
 CHECKPOINTS_PER_RUN = 10
 
@@ -357,7 +358,7 @@ def _loop(
                 if stop.asked and math.isfinite(loss):
                     folder.save(run)
         stop.release()
-        if run.diverged(loss):
+        if run.diverged(loss) or run.optimizer.skipped_in_a_row >= SKIPPED_AT:
             outcome = "diverged"
             break
         if progress is not None:
@@ -400,7 +401,8 @@ def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: boo
         folder.record(run, validation_loss=validation.loss, validation_accuracy=validation.accuracy)
     train_loss = run.untrained["train"] if outcome == "diverged" else run.tail_loss()
     seconds = time.perf_counter() - started
-    return Result(outcome, run.step, train_loss, validation, test, dict(run.untrained), seconds)
+    skipped = run.optimizer.skipped_steps
+    return Result(outcome, run.step, train_loss, validation, test, dict(run.untrained), seconds, skipped)
 
 
 def _objective(run: Run, since: int) -> float:

@@ -35,6 +35,7 @@ LEVELS = {
     "mupx.starter": 2,
     "mupx.linalg": 2,
     "mupx.update_norm": 3,
+    "mupx.gradients": 2,
     "mupx.lowrank": 2,
     "mupx.preconditioning": 3,
     "mupx.samples": 3,

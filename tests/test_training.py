@@ -14,6 +14,7 @@ from PIL import Image
 from mupx import checkpoint, config, parts, training
 from mupx.errors import MismatchError, UsageError
 from mupx.training import schedule_factor, total_steps, train
+from mupx.usercode import hand_over
 
 SMALL = {
     "scaling.width": 16,
@@ -175,6 +176,43 @@ def test_divergence_is_a_result_and_keeps_finite_numbers(data, lr):
     assert result.outcome == "diverged"
     assert result.validation is None
     assert math.isfinite(result.train_loss)
+
+
+class _Cracked(torch.nn.Sequential):
+    """A network whose gradients are not a number, though its outputs are, in every ``period``-th pass."""
+
+    def __init__(self, width, period):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(196, width), torch.nn.Linear(width, 10))
+        self.period, self.passes = period, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        crack = (0 * self[1].weight.sum()).sqrt()  # 0, with an infinite slope
+        return super().forward(x) + (0 * crack if self.passes % self.period == 0 else 0)
+
+
+@pytest.mark.parametrize(("name", "rule"), OPTIMIZERS)
+@pytest.mark.parametrize("period", [5, 1])
+def test_steps_without_finite_gradients_are_skipped_and_end_a_run_when_they_persist(data, name, rule, period):
+    cracked = hand_over(lambda width: _Cracked(width, period))
+    result = train(experiment(**optimizer(name, rule), model__name=cracked), data=data)
+    if period == 1:
+        assert (result.outcome, result.steps, result.skipped_steps) == ("diverged", 10, 10)
+    else:
+        assert (result.outcome, result.steps, result.skipped_steps) == ("finished", 12, 2)
+        assert result.validation.loss < result.untrained["validation"]
+
+
+def test_skipped_steps_are_resumed_and_written_down(data, tmp_path):
+    def stop(step, steps, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    chosen = experiment(model__name=hand_over(lambda width: _Cracked(width, 1)), train__checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, data=data, run_dir=tmp_path, progress=stop)
+    assert train(chosen, data=data, run_dir=tmp_path).steps == 10
+    assert json.loads((tmp_path / "result.json").read_text())["skipped_steps"] == 10
 
 
 def test_a_report_can_stop_a_run_and_sees_the_objective(data):

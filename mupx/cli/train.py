@@ -80,8 +80,9 @@ def command(
     else:
         _print(folder, result)
     if result.outcome == "diverged":
+        skipped = f" ({_skipped(result)})" if result.skipped_steps else ""
         raise NoResultError(
-            f"the run diverged after {result.steps} steps; lower hyperparameters.lr or raise "
+            f"the run diverged after {result.steps} steps{skipped}; lower hyperparameters.lr or raise "
             "hyperparameters.damping at the base width, or transfer with --pick robust"
         )
 
@@ -149,6 +150,7 @@ def _document(folder: Path, result: Result) -> dict[str, Any]:
         "validation": _metrics(result.validation),
         "test": _metrics(result.test),
         "seconds": result.seconds,
+        "skipped_steps": result.skipped_steps,
     }
 
 
@@ -163,4 +165,10 @@ def _print(folder: Path, result: Result) -> None:
         if metrics is not None:
             accuracy = "" if metrics.accuracy is None else f"  accuracy {metrics.accuracy:.2%}"
             say(f"{name:<11} loss {metrics.loss:.4f}{accuracy}")
+    if result.skipped_steps:
+        say(f"skipped     {_skipped(result)}")
     say(f"run folder  {folder}")
+
+
+def _skipped(result: Result) -> str:
+    return f"{result.skipped_steps} steps were not done, as their gradients were not finite"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mupx.gradients import all_finite
 from mupx.optim.base import Base, Scale
 
 
@@ -22,6 +23,7 @@ class Adapter:
 
     def __init__(self, own: torch.optim.Optimizer, rest: Base | None) -> None:
         self.own, self.rest = own, rest
+        self.skipped_steps = self.skipped_in_a_row = 0
         for group in own.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._curvature = getattr(own, "curvature", _no_curvature)
@@ -42,7 +44,13 @@ class Adapter:
             part.zero_grad()
 
     def step(self) -> None:
-        """Do one step."""
+        """Do one step of both, or none where a gradient is not finite (see :meth:`Base.step`)."""
+        gradients = (p.grad for group in self.param_groups for p in group["params"])
+        # What is sparse is its own optimizer's affair.
+        if not all_finite([g for g in gradients if g is not None and g.layout is torch.strided]):
+            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            return
+        self.skipped_in_a_row = 0
         for part in self._parts:
             part.step()
 
@@ -76,13 +84,16 @@ class Adapter:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both."""
         rest = {} if self.rest is None else {"rest": self.rest.state_dict()}
-        return {"own": self.own.state_dict(), **rest}
+        skips = {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"own": self.own.state_dict(), **rest, **skips}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.own.load_state_dict(state["own"])
         if self.rest is not None:
             self.rest.load_state_dict(state["rest"])
+        self.skipped_steps = state.get("skipped_steps", 0)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
 
 Trainable = Base | Adapter

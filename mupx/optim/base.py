@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mupx.errors import UsageError
+from mupx.gradients import all_finite, require_dense, require_real
 from mupx.linalg import Scalar, over
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
@@ -98,7 +99,7 @@ class Base(torch.optim.Optimizer):
     kept: ClassVar[tuple[str, ...]] = ()  # attributes that a copy or a pickle needs beside torch's own
 
     def __init__(self, params: Groups, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {"algorithm": self.algorithm, **defaults})
+        super().__init__(params, {"algorithm": self.algorithm, **SKIPS, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return groups, state and :attr:`kept`; torch's own forgets what a subclass adds."""
@@ -109,16 +110,19 @@ class Base(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("reference_lr", _copied(group["initial_lr"]))  # written before there was one
+            for key, value in SKIPS.items():
+                group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, filled up with the defaults and checked.
 
         Raises:
-            UsageError: A hyperparameter is out of range.
+            UsageError: A hyperparameter is out of range, or a parameter is complex.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _validate(group)
+        require_real(group)
         # Groups built from one tensor must not share it: a scheduler writes in place.
         group["lr"] = _copied(group["lr"])
         group.setdefault("initial_lr", _copied(group["lr"]))
@@ -147,17 +151,51 @@ class Base(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one step; ``closure`` re-evaluates the model and returns the loss."""
+        """Do one step; ``closure`` re-evaluates the model and returns the loss.
+
+        Where a gradient is not finite nothing is done at all: weights, momentum, statistics and step
+        counters stay as they are, and :attr:`skipped_steps` counts it. That is found by one norm over all
+        gradients, one synchronisation with a GPU per step.
+
+        Raises:
+            UsageError: A gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        require_dense(self.param_groups)
+        finite = all_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
+        for group in self.param_groups:
+            group["skipped_steps"] += int(not finite)
+            group["skipped_in_a_row"] = 0 if finite else group["skipped_in_a_row"] + 1
+        if not finite:
+            self.forget()
+            return loss
         self.before_step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel():
                     self._update(parameter, group)
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not done because a gradient was not finite."""
+        return max(int(group["skipped_steps"]) for group in self.param_groups)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the last steps were not done, up to the first one that was."""
+        return max(int(group["skipped_in_a_row"]) for group in self.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
+        super().zero_grad(set_to_none)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the passes captured for a step that will not be done."""
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -267,6 +305,8 @@ class Base(torch.optim.Optimizer):
         return buffer
 
 
+# Kept with the groups: what a copy, a pickle or a sharded checkpoint carries of an optimizer.
+SKIPS = {"skipped_steps": 0, "skipped_in_a_row": 0}
 DEFAULTS: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,

@@ -191,9 +191,8 @@ class Captured(Base):
         if self._capture is not None and self.fisher in ("mc", "exact"):
             self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
-        super().zero_grad(set_to_none)
+    def forget(self) -> None:
+        """Drop what the passes captured for a step that will not be done."""
         self._sums = {}
 
     def before_step(self) -> None:

@@ -213,9 +213,9 @@ class GaussNewton(Captured):
                 "GiB per matrix"
             )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what was captured with them."""
-        super().zero_grad(set_to_none)
+    def forget(self) -> None:
+        """Drop what the passes captured."""
+        super().forget()
         self._rows, self._blocks = {}, {}  # as large as the activations
 
     def before_step(self) -> None:

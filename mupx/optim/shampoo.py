@@ -244,9 +244,8 @@ class Shampoo(Base):
             and (self.solver == "low-rank" or max(layer.weight.flatten(1).shape) >= SMALLEST)
         }
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
-        super().zero_grad(set_to_none)
+    def forget(self) -> None:
+        """Drop what the passes captured for a step that will not be done."""
         self._captured = {}
 
     def before_step(self) -> None:

@@ -319,3 +319,21 @@ def test_regression_data_of_numpy_and_a_loss_of_torch(own, tmp_path):
             ended = own(*tune("--loss", loss, *rule, "--fresh", "--json", parts=[*parts, optimizer]))
             assert ended.code == 0, ended.err
             assert ended.json["best"]["value"] < 5
+
+
+def test_gradients_that_are_never_finite_end_the_run_and_are_named(own, tmp_path):
+    cracked = (
+        "    net = nn.Sequential(*layers, nn.Linear(width, 3))\n"
+        "    net.register_forward_hook(lambda m, x, y: y + 0 * (0 * m[0].weight.sum()).sqrt())\n"
+        "    return net\n"
+    )
+    write(tmp_path, OWN.replace("    return nn.Sequential(*layers, nn.Linear(width, 3))\n", cracked))
+    parts = ["--set", "train.steps=20", "--base-width", 8, "--width", 16, "--lr", ".1", "-o", "w.toml"]
+    for optimizer in ("own.py:Momentum", "sgd"):
+        assert own("transfer", *PARTS[:4], "--optimizer", optimizer, *parts).code == 0
+        names = ("own.py:build", "own.py:load", "own.py:Momentum")
+        allowed = [word for name in names for word in ("--allow-code", name)]
+        ended = own("train", "w.toml", *allowed, "--fresh", "--json")
+        assert ended.code == 5
+        assert "after 10 steps (10 steps were not done, as their gradients were not finite)" in ended.message
+        assert ended.json["skipped_steps"] == 10
