@@ -8,14 +8,53 @@ stalls on them.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 Scalar = Tensor | float
 
+
+@dataclass
+class Repairs:
+    """How many factors were repaired while a block of :func:`counting_repairs` ran."""
+
+    factors: int = 0
+
+
+_repairs: ContextVar[Repairs | None] = ContextVar("repairs", default=None)
+
 DECOMPOSED = 256  # up to this size λmax comes from a full decomposition
+TRIES = 3  # times that a factor which cannot be decomposed gets ten times more damping
 BLOCK = 8  # vectors of the subspace iteration: a plateau at λ₂ would have to hold nine eigenvalues
+
+
+@contextmanager
+def counting_repairs() -> Generator[Repairs]:
+    """Count the factors that the enclosed calls could only treat in float64 or with more damping.
+
+    The results of these functions say whether a factor is usable; that it nearly was not is nothing a
+    caller computes with, but something a user should hear of. Calls inside an inner block count there.
+
+    Yields:
+        A count that grows while the block runs.
+    """
+    token = _repairs.set(found := Repairs())
+    try:
+        yield found
+    finally:
+        _repairs.reset(token)
+
+
+def _count(repaired: Tensor) -> None:
+    found = _repairs.get()
+    if found is not None:
+        found.factors += int(repaired.sum())
 
 
 def over(scalar: Scalar, tensor: Tensor) -> Scalar:
@@ -48,8 +87,9 @@ def add_ridge(factor: Tensor, ridge: Tensor | float) -> Tensor:
 def damped_cholesky(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return the lower triangular C with C Cᵀ = M + ρ I, and ok; the identity where ok is False.
 
-    A factor whose rounding errors exceed the ridge is factorised again in float64; where that fails
-    too, ok is False. The result then has the precision of the second try.
+    A factor whose rounding errors exceed the ridge is factorised again in float64, and where that fails
+    with 10, 100 and 1000 times the ridge; then ok is False. What was repaired so is counted by
+    :func:`counting_repairs`, and has the precision of the later try.
 
     Args:
         factor: Symmetric positive semi-definite M, ``[..., d, d]``.
@@ -57,13 +97,31 @@ def damped_cholesky(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tens
     """
     damped = add_ridge(factor, ridge)
     ok = usable(factor) & trace(damped).isfinite()
-    safe = _replace_unusable(damped, ok)
-    lower, info = torch.linalg.cholesky_ex(safe)
-    if bool(info.any()):
-        lower, info = torch.linalg.cholesky_ex(safe.double())
-        ok = ok & (info == 0)
-        lower = _replace_unusable(lower, info == 0)
+    lower, info = torch.linalg.cholesky_ex(_replace_unusable(damped, ok))
+    broken = info != 0
+    if bool(broken.any()):
+        lower, mended = _cholesky_again(factor, ridge, ok)
+        _count(ok & broken & mended)
+        ok = ok & mended
     return lower, ok
+
+
+def _cholesky_again(factor: Tensor, ridge: Tensor | float, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C in float64 with as much damping as it takes, and where there is one."""
+    wide = factor.double()
+    rho = torch.as_tensor(ridge, dtype=wide.dtype, device=wide.device).expand(ok.shape)
+    # Ten times no ridge is none: below this one, factors in their own precision have only rounding.
+    least = torch.finfo(factor.dtype).eps * trace(wide)
+    lower, left = _replace_unusable(wide, torch.zeros_like(ok)), ok
+    for _ in range(1 + TRIES):
+        candidate, info = torch.linalg.cholesky_ex(_replace_unusable(add_ridge(wide, rho), left))
+        done = left & (info == 0)
+        lower = torch.where(done[..., None, None], candidate, lower)
+        left = left & ~done
+        if not bool(left.any()):
+            break
+        rho = 10 * torch.maximum(rho, least)
+    return lower, ~left
 
 
 def damped_inverse(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -80,15 +138,54 @@ def damped_inverse(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tenso
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return eigenvalues ``[..., d]`` (clamped at zero), eigenvectors ``[..., d, d]`` and ok ``[...]``.
 
-    LAPACK gives up on some rank-deficient factors in float32; those are decomposed in float64.
+    LAPACK gives up on some rank-deficient factors in float32; those are decomposed in float64, as are
+    those with an eigenvalue below −d·eps·λmax, which rounding cannot explain. Both are counted by
+    :func:`counting_repairs`.
     """
+    values, vectors, ok = _decomposed(factor)
+    return values.clamp_min(0), vectors, ok
+
+
+def _decomposed(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues as they are found, eigenvectors and ok."""
     ok = usable(factor)
     safe = _replace_unusable(factor, ok)
+    found = _attempt(safe)
+    broken = ok if found is None else ok & ~_semi_definite(found[0])
+    if bool(broken.any()):
+        again = _decomposed_again(safe)
+        if again is None:  # not one decomposition converged: no step, rather than a crash
+            return torch.zeros_like(safe[..., 0]), torch.zeros_like(safe), torch.zeros_like(ok)
+        _count(broken)
+        found = again
+    assert found is not None
+    return *found, ok
+
+
+def _attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
-        values, vectors = torch.linalg.eigh(safe)
+        values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
-        values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(safe.double()))
-    return values.clamp_min(0), vectors, ok
+        return None
+    return values, vectors
+
+
+def _decomposed_again(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Decompose in float64; where even that does not converge, with a shift that is subtracted again."""
+    wide = matrix.double()
+    shift = torch.finfo(matrix.dtype).eps * trace(wide)
+    for k in range(1 + TRIES):
+        moved = shift * (10.0**k if k else 0.0)
+        found = _attempt(add_ridge(wide, moved))
+        if found is not None:
+            return (found[0] - moved[..., None]).to(matrix.dtype), found[1].to(matrix.dtype)
+    return None
+
+
+def _semi_definite(values: Tensor) -> Tensor:
+    """Whether ascending eigenvalues ``[..., d]`` are those of a semi-definite matrix but for rounding."""
+    rounding = values.shape[-1] * torch.finfo(values.dtype).eps
+    return values[..., 0] >= -rounding * values[..., -1]
 
 
 def largest_eigenvalue(factor: Tensor, tolerance: float = 1e-5, iterations: int = 200) -> Tensor:
@@ -117,8 +214,8 @@ def largest_eigenvalue(factor: Tensor, tolerance: float = 1e-5, iterations: int 
 def _eigenvalues(factor: Tensor) -> Tensor:
     try:
         values: Tensor = torch.linalg.eigvalsh(factor)
-    except LinAlgError:  # see `eigh`
-        values = torch.linalg.eigvalsh(factor.double()).to(factor.dtype)
+    except LinAlgError:
+        values, _, _ = eigh(factor)
     return values
 
 
@@ -147,13 +244,23 @@ def inverse_root(factor: Tensor, root: float, ridge: Tensor | float, relative: b
         root: 4 for Shampoo's inverse fourth root.
         ridge: ρ, broadcastable against ``[...]``; dimensionless when ``relative``.
         relative: Measure the ridge in units of λmax.
+
+    Where an eigenvalue is below zero by more than rounding, the ridge is 10, 100 or 1000 times larger.
     """
-    values, vectors, ok = eigh(factor)
+    values, vectors, ok = _decomposed(factor)
     rho = torch.as_tensor(ridge, dtype=factor.dtype, device=factor.device)
     unit = values[..., -1] if relative else torch.ones_like(values[..., -1])
-    powered = (values + (rho * unit)[..., None]).pow(-1.0 / root)
+    rho = _enough(rho * unit, values)
+    powered = (values.clamp_min(0) + rho[..., None]).pow(-1.0 / root)
     result = (vectors * powered[..., None, :]) @ vectors.mT
     return _zero_unless(ok, result), ok
+
+
+def _enough(rho: Tensor, values: Tensor) -> Tensor:
+    """Return ρ, or up to 1000 ρ where an eigenvalue below zero is no rounding error."""
+    lowest = (-values[..., 0]).clamp_min(torch.finfo(values.dtype).tiny)
+    powers = (lowest / rho).log10().ceil().clamp(0, TRIES)
+    return torch.where(_semi_definite(values), rho, rho * 10.0**powers)
 
 
 def _zero_unless(ok: Tensor, result: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ class Result:
         untrained: Loss before the first step: ``train`` on the first batch, ``validation`` on the split.
         seconds: Wall time of the steps and evaluations done by this process.
         skipped_steps: Steps not done because a gradient was not finite; ten in a row end a run.
+        repairs: Parameter → factors that needed float64 or more damping than was asked for.
     """
 
     outcome: str
@@ -48,6 +49,7 @@ class Result:
     untrained: Mapping[str, float]
     seconds: float
     skipped_steps: int = 0
+    repairs: Mapping[str, int] = field(default_factory=dict)
 
 
 class Continuable(Protocol):

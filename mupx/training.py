@@ -401,8 +401,17 @@ def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: boo
         folder.record(run, validation_loss=validation.loss, validation_accuracy=validation.accuracy)
     train_loss = run.untrained["train"] if outcome == "diverged" else run.tail_loss()
     seconds = time.perf_counter() - started
-    skipped = run.optimizer.skipped_steps
-    return Result(outcome, run.step, train_loss, validation, test, dict(run.untrained), seconds, skipped)
+    return Result(
+        outcome,
+        run.step,
+        train_loss,
+        validation,
+        test,
+        dict(run.untrained),
+        seconds,
+        skipped_steps=run.optimizer.skipped_steps,
+        repairs=dict(run.optimizer.repairs),
+    )
 
 
 def _objective(run: Run, since: int) -> float:

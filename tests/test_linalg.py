@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mupx.linalg import (
     add_ridge,
+    counting_repairs,
     damped_inverse,
     eigh,
     inverse_root,
@@ -122,9 +123,96 @@ def test_rounding_beyond_the_ridge_is_solved_in_double_precision() -> None:
 
 
 def test_an_indefinite_matrix_is_refused() -> None:
-    inverse, ok = damped_inverse(torch.diag(torch.tensor([3.0, -1.0])), 0.1)
+    """No tenfold, hundredfold or thousandfold ridge makes it definite."""
+    with counting_repairs() as found:
+        inverse, ok = damped_inverse(torch.diag(torch.tensor([3.0, -1.0])), 1e-4)
     assert not bool(ok)
     assert not inverse.any()
+    assert found.factors == 0
+
+
+def test_a_factor_that_is_not_definite_gets_ten_times_more_damping_until_it_is() -> None:
+    M = torch.stack([factor(3, dtype=torch.float32), torch.diag(torch.tensor([3.0, 1.0, -0.05]))])
+    with counting_repairs() as found:
+        inverse, ok = damped_inverse(M, 0.01)
+    assert ok.all()
+    assert found.factors == 1
+    torch.testing.assert_close(inverse[0], torch.linalg.inv(add_ridge(M[0], 0.01)))
+    torch.testing.assert_close(inverse[1], torch.diag(1 / torch.tensor([3.1, 1.1, 0.05])))
+    with counting_repairs() as found:  # without a ridge the least one is a rounding error
+        inverse, ok = damped_inverse(factor(20, rank=2, dtype=torch.float32), 0.0)
+    assert bool(ok)
+    assert bool(inverse.isfinite().all())
+
+
+def test_a_ridge_that_float32_loses_is_added_in_float64() -> None:
+    M = torch.ones(2, 2)
+    assert bool(torch.linalg.cholesky_ex(add_ridge(M, 1e-9)).info)
+    with counting_repairs() as found:
+        inverse, _ = damped_inverse(M, 1e-9)
+    exact = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.double) / 2e-9
+    torch.testing.assert_close(inverse.double(), exact, rtol=1e-6, atol=0.5)
+    assert found.factors == 1
+
+
+@pytest.mark.parametrize(("lowest", "ridge"), [(-1e-5, 0.01), (-0.05, 0.1), (-3.9, 10.0)])
+def test_an_inverse_root_of_an_indefinite_matrix_has_more_damping(lowest: float, ridge: float) -> None:
+    with counting_repairs() as found:
+        result, ok = inverse_root(torch.diag(torch.tensor([3.0, 1.0, lowest])), 4.0, 0.01, False)
+    assert bool(ok)
+    assert found.factors == 1
+    expected = (torch.tensor([3.0, 1.0, 0.0]) + ridge) ** -0.25
+    torch.testing.assert_close(result, torch.diag(expected))
+
+
+def test_rounding_is_no_reason_to_repair() -> None:
+    with counting_repairs() as found:
+        for seed, d, rank in ((0, 8, 1), (1, 64, 1), (2, 64, 4), (3, 256, 16)):
+            M = factor(d, seed, rank, torch.float32)
+            assert bool(inverse_root(M, 4.0, 1e-3, True)[1])
+            assert bool(eigh(M)[2])
+            assert bool(damped_inverse(M, 1e-3)[1])
+    assert found.factors == 0
+
+
+def test_repairs_are_counted_where_they_happen() -> None:
+    M = torch.diag(torch.tensor([3.0, -0.05]))
+    damped_inverse(M, 0.01)  # nobody listens
+    with counting_repairs() as outer:
+        eigh(M)
+        with counting_repairs() as inner:
+            eigh(M)
+            damped_inverse(M, 0.01)
+    assert (outer.factors, inner.factors) == (1, 2)
+
+
+def test_what_no_precision_decomposes_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(matrix: Tensor) -> Any:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", broken)
+    root, ok = inverse_root(factor(4), 4.0, 0.1, True)
+    assert not bool(ok)
+    assert not root.any()
+    assert float(largest_eigenvalue(factor(4))) == 0.0
+
+
+def test_what_converges_only_when_moved_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    M, original = factor(4, dtype=torch.float32), torch.linalg.eigh
+    expected, calls = eigh(M)[0], []
+
+    def stubborn(matrix: Tensor) -> Any:
+        calls.append(matrix)
+        if len(calls) < 4:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    with counting_repairs() as found:
+        torch.testing.assert_close(eigh(M)[0], expected)
+    assert [matrix.dtype for matrix in calls] == [torch.float32] + [torch.float64] * 3
+    assert found.factors == 1
 
 
 def test_eigenvalues_are_never_negative() -> None:

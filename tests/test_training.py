@@ -203,6 +203,16 @@ def test_steps_without_finite_gradients_are_skipped_and_end_a_run_when_they_pers
         assert result.validation.loss < result.untrained["validation"]
 
 
+def test_repaired_factors_are_part_of_the_result(data, tmp_path):
+    chosen = experiment(hyperparameters__damping=1e-9, optimizer__solver="dense", hyperparameters__lr=1e-6)
+    result = train(chosen, data=data, run_dir=tmp_path)
+    assert result.repairs  # a ridge far below the rounding of a factor of 32 rows in float32
+    assert all(name.endswith(".weight") and count > 0 for name, count in result.repairs.items())
+    assert train(chosen, data=data, run_dir=tmp_path).repairs == result.repairs  # as it was written down
+    sane = train(experiment(hyperparameters__damping=0.1, optimizer__solver="dense"), data=data)
+    assert not sane.repairs
+
+
 def test_skipped_steps_are_resumed_and_written_down(data, tmp_path):
     def stop(step, steps, loss):
         if step == 6:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ NOT_TRANSFERRED = (
 # The recipe's shapes no longer hold.
 REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
 STATED = ("data_dir", "refresh", "curvature_every", "device", "threads", "seed")
+SHOWN = 3  # parameters with repaired factors that the summary names
 LINES = 10  # progress lines without a terminal
 
 
@@ -151,6 +153,7 @@ def _document(folder: Path, result: Result) -> dict[str, Any]:
         "test": _metrics(result.test),
         "seconds": result.seconds,
         "skipped_steps": result.skipped_steps,
+        "repairs": dict(result.repairs),
     }
 
 
@@ -167,6 +170,11 @@ def _print(folder: Path, result: Result) -> None:
             say(f"{name:<11} loss {metrics.loss:.4f}{accuracy}")
     if result.skipped_steps:
         say(f"skipped     {_skipped(result)}")
+    if result.repairs:
+        counts = ", ".join(f"{name} {count}" for name, count in Counter(result.repairs).most_common(SHOWN))
+        more = ", …" if len(result.repairs) > SHOWN else ""
+        total = sum(result.repairs.values())
+        say(f"repaired    {total} factors needed float64 or more damping ({counts}{more})")
     say(f"run folder  {folder}")
 
 

@@ -38,6 +38,11 @@ class Adapter:
     def _parts(self) -> list[torch.optim.Optimizer]:
         return [self.own, *([] if self.rest is None else [self.rest])]
 
+    @property
+    def repairs(self) -> Mapping[str, int]:
+        """Repaired factors, of which nothing is known here."""
+        return {}
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for part in self._parts:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from mupx.errors import UsageError
-from mupx.gradients import all_finite, require_dense, require_real
-from mupx.linalg import Scalar, over
+from mupx.gradients import all_finite, name_in, require_dense, require_real
+from mupx.linalg import Scalar, counting_repairs, over
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
@@ -189,6 +190,21 @@ class Base(torch.optim.Optimizer):
         """How many of the last steps were not done, up to the first one that was."""
         return max(int(group["skipped_in_a_row"]) for group in self.param_groups)
 
+    @contextmanager
+    def repairing(self, parameter: Tensor) -> Generator[None]:
+        """Count for a parameter what is repaired inside (see :func:`mupx.linalg.counting_repairs`)."""
+        with counting_repairs() as found:
+            yield
+        if found.factors:
+            state = self.state[parameter]
+            state["repairs"] = state.get("repairs", 0) + found.factors
+
+    @property
+    def repairs(self) -> Counter[str]:
+        """Parameter → factors of it that needed float64 or more damping than was asked for."""
+        named = ((name_in(g, i), p) for g in self.param_groups for i, p in enumerate(g["params"]))
+        return +Counter({name: self.state.get(p, {}).get("repairs", 0) for name, p in named})
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients and what was captured with them, as after a step that a GradScaler skipped."""
         super().zero_grad(set_to_none)
@@ -209,7 +225,8 @@ class Base(torch.optim.Optimizer):
         )
         fallback = group["algorithm"] != self.algorithm
         direct = self.adam if fallback else self.direction
-        update = direct(parameter, gradient, group)
+        with self.repairing(parameter):
+            update = direct(parameter, gradient, group)
         if not (isinstance(factor, float) and factor == 1.0):
             parameter.mul_(factor)
         lr = lr if fallback else self.step_size(parameter, group)

@@ -205,7 +205,8 @@ class Captured(Base):
             state = self.state.get(weight, {})
             due = self._averages(state) or needs_refresh(state, self.refresh, self.staleness)
             if due and weight.grad is not None:
-                self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
+                with self.repairing(weight):
+                    self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
 
     @abstractmethod
     def refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:

@@ -182,7 +182,7 @@ def parameters_of(name: str) -> set[str]:
 def test_damping_and_intervals_that_are_not_positive_are_refused(name: str, key: str, value: int) -> None:
     if key not in parameters_of(name):
         assert key != "damping" or not find_rule(name).damping, f"{name} has no {key} to refuse"
-        pytest.skip(f"{name} takes no {key}")
+        return
     with pytest.raises(UsageError, match=key):
         make(name, nn.Linear(2, 2), **{key: value})
 
