@@ -121,8 +121,10 @@ def truncated(factor: Columns, budget: Tensor) -> Columns:
         factor: As :func:`averaged` returns it.
         budget: Largest ‖M − C Cᵀ‖₂ allowed, in the units of M.
     """
-    count = int((factor.values <= budget - factor.dropped).sum())
-    if not count:
+    within = int((factor.values <= budget - factor.dropped).sum())
+    # Far above every eigenvalue the ridge is all that matters, but nothing left would mean a zero factor.
+    count = min(within, len(factor.values) - 1)
+    if count <= 0:
         return factor
     dropped = factor.dropped + factor.values[count - 1]
     return Columns(factor.columns[:, count:].contiguous(), factor.values[count:], dropped, factor.trace)

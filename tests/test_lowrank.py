@@ -101,6 +101,19 @@ def test_truncation_drops_something_and_no_more_than_allowed() -> None:
     assert truncated(factor, factor.values[0] * 0.99) is factor
 
 
+@pytest.mark.parametrize("power", [1, 4])
+def test_a_ridge_far_above_every_eigenvalue_is_all_there_is(power: int) -> None:
+    """Then every column may go, but a factor without any would be taken for zero and stop the layer."""
+    factor = averaged(None, columns(0), 0.0, 1.0)
+    ridge = 1e4 * factor.trace
+    kept = truncated(factor, 0.02 * ridge)
+    assert kept.columns.shape[-1] == 1
+    function, ok = inverse(kept, ridge) if power == 1 else inverse_root(kept, power, ridge)
+    assert bool(ok)
+    identity = torch.eye(D, dtype=torch.double)
+    torch.testing.assert_close(function @ identity * ridge ** (1 / power), identity, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
 def test_a_zero_or_broken_factor_has_zero_functions_and_loses_nothing(bad: float) -> None:
     X, rho = columns(2), torch.tensor(0.1, dtype=torch.double)
