@@ -98,8 +98,9 @@ class OptimizerConfig(_Section):
     ``10:0.3%,100``, say it outright (see :mod:`mupx.refresh`). Its factors are averaged every
     ``statistics`` steps, or only then. ``solver`` says how factors are kept
     and solved with (see :mod:`mupx.lowrank`); it changes the cost and, within a stated tolerance, the
-    rounding. An optimizer of your own follows the width
-    ``rule`` named here; ``args`` are further arguments of the constructor of any.
+    rounding. ``weight_decay_scaling = "width"`` multiplies every weight decay by base width / width,
+    which arXiv:2512.05620 finds near-optimal at fixed tokens per parameter. An optimizer of your own
+    follows the width ``rule`` named here; ``args`` are further arguments of the constructor of any.
     """
 
     name: str = "kfac"
@@ -119,6 +120,7 @@ class OptimizerConfig(_Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     fallback_lr: Positive = 1e-3
     weight_decay_mode: WeightDecayMode = "independent"
+    weight_decay_scaling: Literal["constant", "width"] = "constant"
 
     @field_serializer("rule", when_used="json")
     def _plain_rule(self, rule: str | ScalingRule | None) -> Any:
@@ -408,6 +410,8 @@ class Experiment(_Section):
         for section, key in (("optimizer", "statistics"), ("train", "curvature_every")):  # came later, too
             if document[section][key] is None:
                 document[section].pop(key)
+        if self.optimizer.weight_decay_scaling == "constant":  # likewise without the key
+            document["optimizer"].pop("weight_decay_scaling")
         if self.depth == DepthConfig():  # a run that leaves depth alone is the run it was without the section
             document.pop("depth")
         for key in ("graft", "normalise"):  # likewise

@@ -106,7 +106,7 @@ def depth_arguments(experiment: Experiment, source: Source) -> dict[str, Any]:
         return {}
     section = completed(experiment.depth, source)
     found = {section.argument: section.depth or section.base}
-    if section.ratio == 1.0 or not find_parametrization(experiment.scaling.parametrization).scaled:
+    if section.ratio == 1.0 or not find_parametrization(experiment.scaling.parametrization).forward:
         return found
     own = source.value(
         section.branch_argument,

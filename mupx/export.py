@@ -301,7 +301,7 @@ def _comments(recipe: Recipe) -> dict[str, str]:
     values |= hyper.model_dump(exclude_defaults=True)
     deep = experiment.depth
     branches = (
-        BRANCHES.format(1 / deep.ratio, deep.depth, deep.base) if deep.ratio != 1 and law.scaled else ""
+        BRANCHES.format(1 / deep.ratio, deep.depth, deep.base) if deep.ratio != 1 and law.forward else ""
     )
     origin = "; ".join(f"{key}: {value}" for key, value in recipe.provenance.items())
     return {

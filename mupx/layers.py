@@ -178,7 +178,7 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
     r_in, r_out = parameter.ratios(shape)
     main.damping_scale(optimizer.damping_rule)
     law = find_parametrization(scaling.parametrization)
-    folded = head_factor(r_out) if parameter.growing_head and law.scaled else 1.0
+    folded = head_factor(r_out) if parameter.growing_head and law.forward else 1.0
     scale = law.scale(
         rule,
         parameter.role,
@@ -204,13 +204,24 @@ def _row(parameter: Parameter, shape: Shape, experiment: Experiment) -> Layer:
         damping_A=damping_A,
         damping_B=damping_B,
         eps=None if scale.eps is None else hyper.eps * scale.eps,
-        weight_decay=hyper.weight_decay * scale.weight_decay,
+        weight_decay=hyper.weight_decay * scale.weight_decay * decay_factor(experiment),
         base_std=parameter.std,
         tied_head=parameter.tied_head,
-        logit_scale=1 / r_out if parameter.tied_head and law.scaled else 1.0,
+        logit_scale=1 / r_out if parameter.tied_head and law.forward else 1.0,
         depth=parameter.depth,
         reference_shape=parameter.shape if law.scaled else shape,
     )
+
+
+def decay_factor(experiment: Experiment) -> float:
+    """Return what every weight decay is multiplied by besides its rule: 1, or base width / width."""
+    constant = experiment.optimizer.weight_decay_scaling == "constant"
+    return 1.0 if constant else experiment.scaling.base_width / experiment.scaling.width
+
+
+def decay_per_step(layer: Layer, mode: WeightDecayMode) -> float:
+    """Return the part of a weight that one step takes off at the full lr: λ if independent, else lr·λ."""
+    return layer.weight_decay if mode == "independent" else layer.lr * layer.weight_decay
 
 
 def head_factor(r_head: float) -> float:

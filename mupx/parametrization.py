@@ -208,7 +208,7 @@ def experiment_from(
         width: Target width.
         base_width: Width at which the values were tuned.
         optimizer: Name in :data:`mupx.optim.OPTIMIZERS`.
-        parametrization: ``mup``, ``sp`` or ``mup-1.0.0``.
+        parametrization: Name in :data:`mupx.scaling.PARAMETRIZATIONS`.
         roles: Pattern → role or declaration, as ``[roles]`` in a configuration.
         depth: Target depth, in residual blocks.
         base_depth: Depth at which the values were tuned.

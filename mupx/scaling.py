@@ -14,12 +14,12 @@ arXiv:2407.05872; derived = derived for mupx, checked by one-step slopes up to w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
-from mupx.errors import unknown_name
+from mupx.errors import UsageError, unknown_name
 
 Role = Literal["input", "hidden", "output", "vector"]
 WeightDecayMode = Literal["independent", "adamw", "l2"]
@@ -107,7 +107,7 @@ class ScalingRule:
         update: The update in the field's notation.
         lr: Learning-rate multiplier.
         source: The literature the exponents come from.
-        standing: ``theorem``, ``cross-checked`` or ``derived``.
+        standing: ``theorem``, ``cross-checked``, ``derived``, or ``empirical``: measured, not understood.
         eps: Multiplier of Adam-like eps, or None.
         damping: Damping rule → multipliers of the ridges of A (or R) and B (or L); the default first.
         weight_norm_relative: The update is rescaled to the norm of the weight itself (LAMB), which
@@ -115,19 +115,21 @@ class ScalingRule:
         kinds: Parameter kinds the update can treat; None means all. The rest goes to ``fallback``.
         fallback: Name of the rule for the rest.
         sides: Which sides are preconditioned, and so cut into blocks: ``LR``, ``L`` (output) or ``R``.
+        degree: k with u(c δ) = c^k u(δ) for back-propagated signals δ; None where it is not known.
     """
 
     name: str
     update: str
     lr: Power
     source: str
-    standing: Literal["theorem", "cross-checked", "derived"]
+    standing: Literal["theorem", "cross-checked", "derived", "empirical"]
     eps: Power | None = None
     damping: Mapping[str, DampingScale] = field(default_factory=dict)
     weight_norm_relative: bool = False
     kinds: frozenset[str] | None = None
     fallback: str = "adamw"
     sides: str = "LR"
+    degree: float | None = None
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # a rule may be written in a config file
 
     @property
@@ -193,6 +195,7 @@ def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, stand
         standing=standing,  # type: ignore[arg-type]
         damping={"trace": trace, "absolute": absolute, **both},
         kinds=FACTORED,
+        degree=1 - 2 * e_B,
     )
 
 
@@ -212,6 +215,7 @@ def whole_block(name: str, update: str, source: str) -> ScalingRule:
         standing="derived",
         damping={"trace": DampingScale(None, ONE), "absolute": DampingScale(None, PRODUCT)},
         kinds=FACTORED,
+        degree=-1,
     )
 
 
@@ -228,6 +232,7 @@ def shampoo(name: str, E: float, update: str, sides: str = "LR") -> ScalingRule:
         damping={"relative": UNSCALED_DAMPING, "absolute": absolute},
         kinds=MATRICES,
         sides=sides,
+        degree=1 - 2 * E,
     )
 
 
@@ -240,6 +245,7 @@ def sign_like(name: str, update: str, source: str) -> ScalingRule:
         source=source,
         standing="theorem",
         eps=Power(r_out=-1, depth=-1),
+        degree=0,
     )
 
 
@@ -253,6 +259,7 @@ def orthogonal(name: str, update: str, source: str, standing: str) -> ScalingRul
         standing=standing,  # type: ignore[arg-type]
         eps=Power(r_in=0.5, r_out=-0.5, depth=-1),
         kinds=MATRICES,
+        degree=0,
     )
 
 
@@ -275,13 +282,16 @@ def rotated(name: str, sides: str, update: str) -> ScalingRule:
         eps=Power(r_in=0.5, r_out=-0.5, depth=-1) * unrotated,
         kinds=MATRICES,
         sides=sides,
+        degree=0,
     )
 
 
 RULES: Mapping[str, ScalingRule] = {
     rule.name: rule
     for rule in (
-        ScalingRule("sgd", "G", Power(r_in=-1, r_out=1, depth=1), "IK; TP5 table 8", "cross-checked"),
+        ScalingRule(
+            "sgd", "G", Power(r_in=-1, r_out=1, depth=1), "IK; TP5 table 8", "cross-checked", degree=1
+        ),
         sign_like("adamw", "m / (√v + eps)", "TP5 table 8; Q; E"),
         replace(sign_like("lion", "sign(m)", "TP5; E"), eps=None, standing="cross-checked"),
         replace(sign_like("adam-atan2", "a · atan2(m, b √v)", "TP5 table 8; E"), eps=None),
@@ -293,6 +303,7 @@ RULES: Mapping[str, ScalingRule] = {
             "derived",
             eps=Power(r_out=-1, depth=-1),
             weight_norm_relative=True,
+            degree=0,
         ),
         kronecker("kfac", 1, 1, "(B+ρ_B)^-1 G (A+ρ_A)^-1", "IK Prop. 4.1", "theorem"),
         kronecker("foof", 1, 0, "G (A+ρ_A)^-1", "derived from IK Prop. 4.1", "derived"),
@@ -311,10 +322,13 @@ RULES: Mapping[str, ScalingRule] = {
             eps=None,
             kinds=PRODUCTS,
         ),
-        ScalingRule("psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES),
+        ScalingRule(
+            "psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES, degree=-1
+        ),
         whole_block("gauss-newton", "(JᵀJ + ρ)^-1 G, layer-wise", "derived"),
         # Every ridge follows its own block, which makes one order of all of them: a = (-½, 0, ½) in the
-        # form a = 0. The sum over a network's depth blocks of order 1/depth² needs ρ ∝ 1/depth.
+        # form a = 0. The sum over a network's depth blocks of order 1/depth² needs ρ ∝ 1/depth. Blocks mix,
+        # so no one degree describes it.
         replace(
             whole_block("gauss-newton-full", "(JᵀJ + D)^-1 G, D = ρ_l by tensor", "derived"),
             lr=ONE,
@@ -322,6 +336,7 @@ RULES: Mapping[str, ScalingRule] = {
                 "trace": DampingScale(None, Power(depth=1)),
                 "absolute": DampingScale(None, Power(r_in=1, r_out=-1, depth=-1)),
             },
+            degree=None,
         ),
     )
 }
@@ -331,8 +346,10 @@ RULES: Mapping[str, ScalingRule] = {
 HOSTS: Mapping[str, ScalingRule] = {
     "sgd": RULES["sgd"],
     "adam": RULES["adamw"],
-    "rms": ScalingRule("rms", "u / RMS(u)", Power(r_in=-1), "derived", "derived"),
-    "spectral": ScalingRule("spectral", "u / ‖u‖₂", Power(r_in=-0.5, r_out=0.5), "Q; Z", "cross-checked"),
+    "rms": ScalingRule("rms", "u / RMS(u)", Power(r_in=-1), "derived", "derived", degree=0),
+    "spectral": ScalingRule(
+        "spectral", "u / ‖u‖₂", Power(r_in=-0.5, r_out=0.5), "Q; Z", "cross-checked", degree=0
+    ),
 }
 
 
@@ -347,28 +364,126 @@ def grafted(host: ScalingRule, guest: ScalingRule) -> ScalingRule:
         name=f"{host.name}{GRAFTED}{guest.name}",
         update=f"{guest.update}, in the size of {host.update}",
         lr=host.lr,
+        degree=host.degree,
         source="; ".join(dict.fromkeys(["Q", *host.source.split("; "), *guest.source.split("; ")])),
         standing="cross-checked",
     )
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPowers:
+    """Monomials behind one tensor's multipliers; None where one does not apply."""
+
+    lr: Power
+    damping_A: Power | None
+    damping_B: Power | None
+    eps: Power | None
+    weight_decay: Power
+
+    def each(self, change: Callable[[Power], Power]) -> LayerPowers:
+        """Return ``change`` of every monomial there is."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(power) for name, power in named.items() if power is not None})
+
+
+# (rule, role, init multiplier, damping rule, decay convention) → the multipliers of one tensor.
+Strategy = Callable[[ScalingRule, Role, Power, str | None, WeightDecayMode], LayerPowers]
+
+
+def maximal_update(
+    rule: ScalingRule, role: Role, init: Power, damping_rule: str | None, mode: WeightDecayMode
+) -> LayerPowers:
+    """Return the rule's own powers: signals below the read-out shrink as 1/r_out (μP)."""
+    scale = rule.damping_scale(damping_rule)
+    lr = rule.lr * init.inverse() if rule.weight_norm_relative else rule.lr
+    # A bias has no input covariance: it is preconditioned by B alone.
+    ridge_A = None if role == "vector" else scale.A
+    # Coupled decay acts as lr · weight_decay: dividing by the lr multiplier keeps that product.
+    return LayerPowers(lr, ridge_A, scale.B, rule.eps, ONE if mode == "independent" else lr.inverse())
+
+
+def unscaled(
+    rule: ScalingRule, role: Role, init: Power, damping_rule: str | None, mode: WeightDecayMode
+) -> LayerPowers:
+    """Return ones: every layer has the base values (standard parametrization as it is used)."""
+    return maximal_update(rule, role, init, damping_rule, mode).each(lambda power: ONE)
+
+
+def mup_package(
+    rule: ScalingRule, role: Role, init: Power, damping_rule: str | None, mode: WeightDecayMode
+) -> LayerPowers:
+    """Return μP with the conventions of the microsoft/mup package for eps and weight decay.
+
+    mup leaves eps alone but has a forward multiplier 1/r_in at the read-out; in a = 0 form the gradient
+    there is r_in times larger, and so is the equivalent eps.
+    """
+    powers = maximal_update(rule, role, init, damping_rule, mode)
+    if powers.eps is None:
+        return powers
+    eps = Power(r_in=1) if role == "output" else ONE
+    return replace(powers, eps=eps, **({"weight_decay": powers.lr.inverse() * eps} if mode == "l2" else {}))
+
+
+def full_alignment(
+    rule: ScalingRule, role: Role, init: Power, damping_rule: str | None, mode: WeightDecayMode
+) -> LayerPowers:
+    """Return powers with which Δ(W h) = ΔW h is of order one in every layer under SP's init.
+
+    With a read-out of std r_in^-½ instead of r_in^-1, signals below it shrink as r_out^-½ instead of
+    1/r_out. An update of degree k in them, u(c δ) = c^k u(δ), is then r_out^(k/2) larger than under μP,
+    and its lr that much smaller; eps and ridges go with δ and δ².
+
+    Raises:
+        UsageError: The rule does not say its degree.
+    """
+    degree = rule.degree
+    if degree is None:
+        known = ", ".join(name for name, other in RULES.items() if other.degree is not None)
+        raise UsageError(
+            f"sp-full-alignment is not derived for the rule {rule.name}, whose update has no stated degree "
+            f"in the back-propagated signal; use mup, give the rule a degree, or take one of: {known}"
+        )
+    powers = maximal_update(rule, role, init, damping_rule, mode)
+    # A signal smaller by 1/depth is what the depth powers are about; here it is larger by r_out^½.
+    powers = powers.each(lambda p: replace(p, r_out=p.r_out - p.depth / 2, depth=0.0))
+    lr = replace(rule.lr if not rule.weight_norm_relative else rule.lr * init.inverse(), depth=0.0)
+    lr = replace(lr, r_out=lr.r_out - degree / 2)
+    return replace(powers, lr=lr, weight_decay=ONE if mode == "independent" else lr.inverse())
+
+
+@dataclass(frozen=True, slots=True)
 class Parametrization:
-    """A way to spread one set of base values over layers: which init law, and what is scaled.
+    """A way to spread one set of base values over layers: an init law and a strategy for the rest.
 
     Attributes:
         name: Key in :data:`PARAMETRIZATIONS`.
         init: Role → init std multiplier.
-        scaled: False leaves lr, damping, eps and weight decay at their base values everywhere.
-        mup_package: Follow the conventions of the microsoft/mup package 1.0.0 for eps and weight decay.
+        strategy: What lr, damping, eps and weight decay are multiplied by.
         source: Where it is defined.
+        forward: Whether the forward pass follows μP too: logits of tied heads and of growing attention
+            heads, and residual branches over depth.
     """
 
     name: str
     init: Mapping[Role, Power]
-    scaled: bool
+    strategy: Strategy
     source: str
-    mup_package: bool = False
+    forward: bool = True
+
+    @property
+    def scaled(self) -> bool:
+        """Whether lr, damping, eps and weight decay follow width at all."""
+        return self.strategy is not unscaled
+
+    def powers(
+        self,
+        rule: ScalingRule,
+        role: Role,
+        damping_rule: str | None = None,
+        weight_decay_mode: WeightDecayMode = "independent",
+    ) -> LayerPowers:
+        """Return the monomials of one tensor's multipliers; a *vector* ignores their ``r_in``."""
+        return self.strategy(rule, role, self.init[role], damping_rule, weight_decay_mode)
 
     def scale(
         self,
@@ -395,51 +510,34 @@ class Parametrization:
             weight_decay_mode: ``independent`` (decay not multiplied by lr), ``adamw`` or ``l2``.
         """
         ratios = (1.0 if role == "vector" else r_in, r_out, depth, blocks)
-        lr = rule.lr * self.init[role].inverse() if rule.weight_norm_relative else rule.lr
-        ridge_A, ridge_B = self._damping(rule, role, damping_rule)
-        eps = self._eps(rule, role)
+        powers = self.powers(rule, role, damping_rule, weight_decay_mode)
 
         def evaluate(power: Power | None) -> float | None:
-            return None if power is None else power(*ratios) if self.scaled else 1.0
+            return None if power is None else power(*ratios)
 
         return LayerScale(
             init_std=self.init[role](*ratios),
-            lr=lr(*ratios) if self.scaled else 1.0,
-            damping_A=evaluate(ridge_A),
-            damping_B=evaluate(ridge_B),
-            eps=evaluate(eps),
-            weight_decay=self._decay(lr, eps, weight_decay_mode)(*ratios) if self.scaled else 1.0,
+            lr=powers.lr(*ratios),
+            damping_A=evaluate(powers.damping_A),
+            damping_B=evaluate(powers.damping_B),
+            eps=evaluate(powers.eps),
+            weight_decay=powers.weight_decay(*ratios),
         )
-
-    def _damping(
-        self, rule: ScalingRule, role: Role, damping_rule: str | None
-    ) -> tuple[Power | None, Power | None]:
-        # A bias has no input covariance: it is preconditioned by B alone.
-        scale = rule.damping_scale(damping_rule)
-        return (None if role == "vector" else scale.A, scale.B)
-
-    def _eps(self, rule: ScalingRule, role: Role) -> Power | None:
-        if rule.eps is None or not self.mup_package:
-            return rule.eps
-        # mup leaves eps alone but has a forward multiplier 1/r_in at the read-out; in a = 0 form
-        # the gradient there is r_in times larger, and so is the equivalent eps.
-        return Power(r_in=1) if role == "output" else ONE
-
-    def _decay(self, lr: Power, eps: Power | None, mode: WeightDecayMode) -> Power:
-        # Coupled decay acts as lr · weight_decay: dividing by the lr multiplier keeps that product.
-        if mode == "independent":
-            return ONE
-        if self.mup_package and mode == "l2" and eps is not None:
-            return lr.inverse() * eps
-        return lr.inverse()
 
 
 PARAMETRIZATIONS: Mapping[str, Parametrization] = {
     p.name: p
     for p in (
-        Parametrization("mup", MUP_INIT, True, "IK Prop. 4.1; TP5"),
-        Parametrization("sp", SP_INIT, False, "standard parametrization"),
-        Parametrization("mup-1.0.0", MUP_INIT, True, "microsoft/mup 1.0.0, rewritten with a = 0", True),
+        Parametrization("mup", MUP_INIT, maximal_update, "IK Prop. 4.1; TP5"),
+        Parametrization("sp", SP_INIT, unscaled, "standard parametrization", forward=False),
+        Parametrization(
+            "sp-full-alignment",
+            SP_INIT,
+            full_alignment,
+            "E table 1 (SGD, Adam, Adafactor); derived for the other updates",
+            forward=False,
+        ),
+        Parametrization("mup-1.0.0", MUP_INIT, mup_package, "microsoft/mup 1.0.0, rewritten with a = 0"),
     )
 }
 

@@ -90,6 +90,7 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.betas": "AdamW's two decay rates, also where it stands in for another optimizer.",
     "optimizer.fallback_lr": "Learning rate of AdamW for tensors the optimizer cannot treat.",
     "optimizer.weight_decay_mode": "Decay apart from the lr, times the lr (adamw), or in the gradient (l2).",
+    "optimizer.weight_decay_scaling": "Weight decay over width: constant, or times base width / width.",
     "hyperparameters.lr": "Learning rate at the base width. A value given here is fixed and not searched.",
     "hyperparameters.damping": "Damping at the base width.",
     "hyperparameters.damping_ratio": "Damping of the input side over that of the output side.",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mupx.config import Experiment, parse
 from mupx.errors import MismatchError, UsageError
-from mupx.layers import INTERNAL, Layer, Parameter, derive, parse_role, require_growth
+from mupx.layers import INTERNAL, Layer, Parameter, decay_per_step, derive, parse_role, require_growth
 from tests.strategies import experiments, parameters
 
 WEIGHT = Parameter("fc.weight", "linear", "hidden", (8, 8), (16, 16), (1,), (0,), 0.1)
@@ -176,3 +176,26 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="role of x is 'middle'; allowed: input, hidden"):
         parse_role("x", "middle")
     assert parse_role("x", "input") == "input"
+
+
+@pytest.mark.parametrize("mode", ["independent", "adamw", "l2"])
+@pytest.mark.parametrize(("scaling", "expected"), [("constant", 1.0), ("width", 1 / 4)])
+def test_what_weight_decay_takes_off_is_constant_or_goes_as_one_over_width(
+    mode: Any, scaling: str, expected: float
+) -> None:
+    changes = {
+        "optimizer__name": "adamw",
+        "hyperparameters__weight_decay": 0.02,
+        "optimizer__weight_decay_mode": mode,
+        "optimizer__weight_decay_scaling": scaling,
+    }
+    for parameter in (WEIGHT, BIAS, HEAD):
+        base, wide = (row(parameter, scaling__width=width, **changes) for width in (8, 32))
+        assert decay_per_step(base, mode) == pytest.approx(0.02 if mode == "independent" else 0.02 * 0.5)
+        assert decay_per_step(wide, mode) / decay_per_step(base, mode) == pytest.approx(expected)
+
+
+def test_a_constant_weight_decay_leaves_the_fingerprint_of_a_run_alone() -> None:
+    plain, other = experiment(), experiment(optimizer__weight_decay_scaling="width")
+    assert "weight_decay_scaling" not in plain.identity(search=False)["optimizer"]
+    assert other.fingerprint(search=False) != plain.fingerprint(search=False)

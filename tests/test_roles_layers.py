@@ -355,7 +355,7 @@ def test_standard_parametrization_folds_nothing() -> None:
     experiment = experiment_from(width=64, base_width=4, optimizer="sgd", parametrization="sp", roles=GROWING)
     rows = {r.name: r for r in derive(describe(Attention, 4, overrides=GROWING), experiment)}
     assert rows["q.weight"].init_std == rows["k.weight"].init_std
-    assert not find_parametrization("sp").scaled
+    assert not find_parametrization("sp").forward
 
 
 def test_growing_head_needs_a_growing_fan_out_and_no_query_norm() -> None:

@@ -11,12 +11,14 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 
+from mupx.cli.rules import STANDINGS
 from mupx.errors import UsageError
 from mupx.scaling import (
     PARAMETRIZATIONS,
     ROLES,
     RULES,
     LayerScale,
+    Parametrization,
     Power,
     ScalingRule,
     WeightDecayMode,
@@ -284,7 +286,7 @@ def test_every_rule_says_where_it_comes_from(name: str) -> None:
     assert rule.name == name
     assert rule.source
     assert rule.update
-    assert rule.standing in ("theorem", "cross-checked", "derived")
+    assert rule.standing in STANDINGS
     assert rule.fallback in RULES
 
 
@@ -299,3 +301,73 @@ def test_unknown_names_point_at_the_nearest() -> None:
 
 def test_role_ratios() -> None:
     assert [role_ratios(role, 4.0) for role in ROLES] == [(1, 4), (4, 4), (4, 1), (1, 4)]
+
+
+# arXiv:2407.05872, table 1, standard parametrization, full alignment: exponent of the width in the
+# per-layer lr of (embedding, hidden, readout).
+EVERETT = {"sgd": (0.5, -0.5, -1.0), "adamw": (0.0, -1.0, -1.0), "lamb": (0.0, -0.5, -0.5)}
+
+
+@pytest.mark.parametrize(("name", "exponents"), EVERETT.items(), ids=EVERETT.keys())
+def test_full_alignment_has_the_learning_rates_of_its_source(name: str, exponents: tuple[float, ...]) -> None:
+    """Adafactor, whose steps are in units of the weight's RMS, is LAMB's case."""
+    law = PARAMETRIZATIONS["sp-full-alignment"]
+    for role, exponent in zip(MATRIX_ROLES, exponents, strict=True):
+        r_in, r_out = role_ratios(role, 16.0)
+        scale = law.scale(RULES[name], role, r_in, r_out)
+        assert scale.lr == pytest.approx(16.0**exponent)
+        assert scale.init_std == PARAMETRIZATIONS["sp"].scale(RULES[name], role, r_in, r_out).init_std
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "ridge_A", "ridge_B", "eps"),
+    [
+        # λmax(A) grows as r_in, and λmax(B) keeps its order where δ shrinks as r_out^-½ only.
+        ("kfac", (0.5, 0.5, 0.0), (0.0, 1.0, 1.0), (0.0, 0.0, 0.0), None),
+        ("foof", (0.5, 0.5, 0.0), (0.0, 1.0, 1.0), None, None),
+        ("shampoo", (0.5, 0.0, -0.5), (0.0, 1.0, 1.0), (0.0, 1.0, 1.0), None),
+        ("shampoo-half", (0.5, 0.5, 0.0), (0.0, 1.0, 1.0), (0.0, 1.0, 1.0), None),
+        ("muon", (0.5, 0.0, -0.5), None, None, (0.0, 0.5, 0.5)),
+        ("adamw", (0.0, -1.0, -1.0), None, None, (-0.5, -0.5, 0.0)),
+        ("gauss-newton", (0.5, 0.5, 0.0), None, (0.0, 1.0, 1.0), None),
+    ],
+)
+def test_full_alignment_follows_the_larger_signals_of_a_standard_read_out(
+    name: str, lr: Any, ridge_A: Any, ridge_B: Any, eps: Any
+) -> None:
+    rule, wanted = RULES[name], {"lr": lr, "damping_A": ridge_A, "damping_B": ridge_B, "eps": eps}
+    damping = "absolute" if rule.damping else None
+    for position, role in enumerate(MATRIX_ROLES):
+        scale = PARAMETRIZATIONS["sp-full-alignment"].scale(
+            rule, role, *role_ratios(role, 4.0), damping_rule=damping, depth=3.0
+        )
+        for field, exponents in wanted.items():
+            expected = None if exponents is None else pytest.approx(4.0 ** exponents[position])
+            assert getattr(scale, field) == expected, (role, field)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_degree_in_the_signal_is_what_the_depth_power_says(name: str) -> None:
+    """A branch multiplied by 1/depth makes the signal so much smaller, and the lr makes up for it."""
+    rule = RULES[name]
+    if name not in ("gauss-newton", "psgd-newton"):  # not derived for residual branches
+        assert rule.lr.depth == rule.degree
+
+
+def test_a_rule_without_a_degree_has_no_full_alignment() -> None:
+    rule = replace(RULES["sgd"], name="mine", degree=None)
+    PARAMETRIZATIONS["mup"].scale(rule, "hidden", 2.0, 2.0)
+    with pytest.raises(UsageError, match=r"not derived for the rule mine.*give the rule a degree"):
+        PARAMETRIZATIONS["sp-full-alignment"].scale(rule, "hidden", 2.0, 2.0)
+
+
+def test_each_parametrization_is_one_entry() -> None:
+    """A strategy of one's own is all that a new one takes."""
+
+    def halved(*given: Any) -> Any:
+        return PARAMETRIZATIONS["mup"].strategy(*given).each(lambda power: power * Power(r_out=-0.5))
+
+    mine = Parametrization("halved", PARAMETRIZATIONS["sp"].init, halved, "here")
+    scale = mine.scale(RULES["sgd"], "hidden", 4.0, 16.0)
+    assert (scale.lr, scale.init_std) == (1.0, 0.5)
+    assert mine.scale(RULES["sgd"], "output", 4.0, 1.0).init_std == 0.5

@@ -98,15 +98,16 @@ def _ridge(evidence: Evidence, step: int, layer: Layer, symbol: str) -> list[Row
 
 def _decay(evidence: Evidence) -> Iterable[Row]:
     """Weight decay per step: λ if it is independent of the lr, lr·λ otherwise; from the table alone."""
+    expected = 0.0 if evidence.experiment.optimizer.weight_decay_scaling == "constant" else -1.0
     independent = evidence.experiment.optimizer.weight_decay_mode == "independent"
     for layer in evidence.layers:
         decay = evidence.exponent(layer.name, "weight_decay")
         lr = 0.0 if independent else evidence.exponent(layer.name, "lr")
         if decay is not None and lr is not None:
             total = decay + lr
-            status: Status = "pass" if abs(total) <= EXACT else "fail"
+            status: Status = "pass" if abs(total - expected) <= EXACT else "fail"
             label = "decay per step"
-            yield Row(layer.name, layer.role, "decay", label, 0, total, total, total, 0.0, status)
+            yield Row(layer.name, layer.role, "decay", label, 0, total, total, total, expected, status)
 
 
 def _steps(evidence: Evidence) -> list[int]:

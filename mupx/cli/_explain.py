@@ -34,17 +34,17 @@ def reading(
     parameter: Parameter, layer: Layer, law: Parametrization, rule: ScalingRule, damping_rule: str | None
 ) -> list[str]:
     """Return the lines about one parameter: owner and axes, why it has its role, formula by value."""
-    own = rule.damping_scale(damping_rule if damping_rule in rule.damping else None)
+    own = law.powers(rule, parameter.role, damping_rule if damping_rule in rule.damping else None)
     vector = parameter.role == "vector"
     values = {
         "std": (law.init[parameter.role], layer.init_std if parameter.std else None),
-        "lr": (rule.lr, layer.lr),
-        "damping_A": (own.A, layer.damping_A),
-        "damping_B": (own.B, layer.damping_B),
-        "eps": (rule.eps, layer.eps),
+        "lr": (own.lr, layer.lr),
+        "damping_A": (own.damping_A, layer.damping_A),
+        "damping_B": (own.damping_B, layer.damping_B),
+        "eps": (own.eps, layer.eps),
     }
     shown = [
-        f"{name} × {_formula(power, law, vector, layer.depth != 1, name)} = {number(value)}"
+        f"{name} × {_formula(power, vector, layer.depth != 1)} = {number(value)}"
         for name, (power, value) in values.items()
         if power is not None and value is not None
     ]
@@ -73,9 +73,7 @@ def _axes(parameter: Parameter, layer: Layer) -> str:
     return f"{' × '.join(words)}, r_in {number(layer.r_in)}, r_out {number(layer.r_out)}{depth}"
 
 
-def _formula(power: Power, law: Parametrization, vector: bool, deep: bool, name: str) -> str:
-    if not law.scaled and name != "std":
-        return "1"
+def _formula(power: Power, vector: bool, deep: bool) -> str:
     # The ratio of block counts has a line of its own in the rules below.
     power = replace(power, depth=power.depth if deep else 0.0, blocks=0.0)
     return (replace(power, r_in=0.0) if vector else power).formula.replace(" · ", "·")
@@ -104,8 +102,8 @@ def _rules(recipe: Recipe, law: Parametrization) -> None:
             if rule is main
             else f"[{name}, for what {main.algorithm} does not treat: {', '.join(members)}]"
         )
-        for line in formulas(rule, law, rule.damping_scale(damping_rule)):
-            say(f"  {line}")
+        for name, text in formulas(rule, law, damping_rule).items():
+            say(f"  {name:<14} {text}")
 
 
 def _depth(recipe: Recipe, law: Parametrization) -> None:
@@ -114,7 +112,7 @@ def _depth(recipe: Recipe, law: Parametrization) -> None:
         return
     inside = [layer.name for layer in recipe.layers if layer.depth != 1.0]
     say(f"[depth {deep.depth} from {deep.base}: {len(inside)} parameters inside residual branches]")
-    if law.scaled:
+    if law.forward:
         say(f"  branches × 1/depth: {deep.branch_argument} × {number(1 / deep.ratio)}")
         say("  lr, damping and eps inside by the powers of depth above; outside depth counts as 1")
     else:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, get_args
 
 import typer
 
-from mupx.cli._console import NONE, number, print_json, print_table, say
+from mupx.cli._console import number, print_json, print_table, say
 from mupx.cli._options import Json, require_positive
 from mupx.scaling import (
-    ONE,
+    PARAMETRIZATIONS,
     ROLES,
     RULES,
-    DampingScale,
+    LayerPowers,
     Parametrization,
     Power,
+    Role,
     ScalingRule,
+    WeightDecayMode,
     find_parametrization,
     find_rule,
     role_ratios,
 )
 
 COLUMNS = ("r_in", "r_out", "init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
+SCALED = ("lr", "damping_A", "damping_B", "eps")
+STANDINGS = {
+    "theorem": "theorem: proved in the source",
+    "cross-checked": "cross-checked: two sources agree on it",
+    "derived": "derived for mupx, and checked by the slopes of one step",
+    "empirical": "empirical: measured, without a derivation",
+}
 IN_BRANCHES = ("hidden", "vector")  # roles that a depth multiplier is shown for
 
 
@@ -35,7 +46,7 @@ def command(
     damping_rule: Annotated[
         str | None, typer.Option(help="One of the rule's damping rules; absolute when left out.")
     ] = None,
-    parametrization: Annotated[str, typer.Option(help="mup, sp or mup-1.0.0.")] = "mup",
+    parametrization: Annotated[str, typer.Option(help=f"One of: {', '.join(PARAMETRIZATIONS)}.")] = "mup",
     depth_mult: Annotated[
         float, typer.Option(help="Depth over base depth, for hidden and vector tensors in residual branches.")
     ] = 1.0,
@@ -53,10 +64,10 @@ def command(
     rule, law = find_rule(optimizer), find_parametrization(parametrization)
     # An absolute ridge is the one whose multipliers are worth reading; a relative one has none.
     named = damping_rule or ("absolute" if rule.damping else None)
-    damping = rule.damping_scale(named)
     rows = rule_rows(rule, law, width_mult, depth_mult, named)
     if json:
-        about = {"optimizer": rule.name, "update": rule.update, "standing": rule.standing}
+        about: dict[str, object] = {"optimizer": rule.name, "update": rule.update, "standing": rule.standing}
+        about |= {"source": rule.source, "formulas": formulas(rule, law, named)}
         chosen = {"parametrization": law.name, "damping_rule": named}
         print_json({**about, **chosen, "width_mult": width_mult, "depth_mult": depth_mult, "rows": rows})
         return
@@ -68,8 +79,8 @@ def command(
         ("role", *COLUMNS),
         cells,
     )
-    for line in formulas(rule, law, damping):
-        say(line)
+    for name, text in formulas(rule, law, named).items():
+        say(f"{name:<14} {text}")
     if not treats_biases(rule):
         say(f"vector         by {rule.fallback}, which takes what {rule.name} does not treat")
     if named and len(rule.damping) > 1:
@@ -97,34 +108,51 @@ def treats_biases(rule: ScalingRule) -> bool:
     return rule.kinds is None or "linear.bias" in rule.kinds
 
 
-def formulas(rule: ScalingRule, law: Parametrization, damping: DampingScale) -> list[str]:
-    """Return the rule in words: update, one formula per value, source and standing."""
-    scaled = {
-        "lr": rule.lr.formula + (" / init multiplier" if rule.weight_norm_relative else ""),
-        "damping_A": _formula(damping.A),
-        "damping_B": _formula(damping.B),
-        "eps": _formula(rule.eps),
-    }
-    if law.mup_package and rule.eps is not None:
-        scaled["eps"] = "1; output: r_in"
-    lines = {
+def formulas(rule: ScalingRule, law: Parametrization, damping_rule: str | None) -> dict[str, str]:
+    """Return the rule in words: update, one formula per value, depth, source and standing."""
+    powers = {role: law.powers(rule, role, damping_rule) for role in ROLES}
+    values = {name: _by_role({role: getattr(powers[role], name) for role in ROLES}) for name in SCALED}
+    return {
         "update": rule.update,
-        "init_std": _init(law),
-        **{name: text if law.scaled else _formula(ONE) for name, text in scaled.items() if text != NONE},
+        "init_std": _by_role(law.init),
+        **{name: text for name, text in values.items() if text},
+        "weight_decay": _decay(rule, law),
+        "depth": _depth(powers["hidden"], law),
         "source": f"{rule.source} ({rule.standing}); {law.name}: {law.source}",
+        "standing": STANDINGS[rule.standing],
     }
-    return [f"{name:<14} {text}" for name, text in lines.items()]
 
 
-def _init(law: Parametrization) -> str:
+def _decay(rule: ScalingRule, law: Parametrization) -> str:
     by_formula: dict[str, list[str]] = {}
-    for role in ROLES:
-        by_formula.setdefault(law.init[role].formula, []).append(role)
+    for mode in get_args(WeightDecayMode):
+        powers = {role: law.powers(rule, role, None, mode).weight_decay for role in ROLES}
+        by_formula.setdefault(_by_role(powers), []).append(mode)
+    texts = [f"{formula} ({', '.join(modes)})" for formula, modes in by_formula.items()]
+    return "; ".join(texts) + "; all × base width / width with optimizer.weight_decay_scaling=width"
+
+
+def _by_role(powers: Mapping[Role, Power | None]) -> str:
+    """Write a formula for all roles, or one for each group of roles; a vector's r_in is 1."""
+    by_formula: dict[str, list[str]] = {}
+    for role, power in powers.items():
+        if power is not None:
+            by_formula.setdefault(replace(power, depth=0).formula, []).append(role)
+    if len(by_formula) == 1:
+        return next(iter(by_formula))
     return "; ".join(f"{', '.join(roles)}: {formula}" for formula, roles in by_formula.items())
 
 
-def _formula(power: Power | None) -> str:
-    return NONE if power is None else power.formula
+def _depth(powers: LayerPowers, law: Parametrization) -> str:
+    """Write what is multiplied inside residual branches, where L is depth over base depth."""
+    if not law.forward:
+        return "nothing is multiplied"
+    inside = [
+        f"{name} {Power(depth=power.depth).formula.replace('depth', 'L')}"
+        for name in SCALED
+        if (power := getattr(powers, name)) is not None and power.depth
+    ]
+    return f"residual branches × L^-1; inside them: {', '.join(inside) or 'nothing else'}"
 
 
 def _list_rules(json: bool) -> None:
@@ -142,11 +170,11 @@ def _list_rules(json: bool) -> None:
     if json:
         print_json({"rules": entries})
         return
-    shown = ("name", "update", "lr")
+    shown = ("name", "update", "lr", "standing")
     print_table(
         "Scaling rules (details: mupx rules NAME)",
         shown,
         [[str(e[key]) for key in shown] for e in entries],
-        left=3,
+        left=len(shown),
         folded=1,
     )

@@ -18,7 +18,7 @@ from mupx.cli._explain import explain as explain_recipe
 from mupx.cli._sources import find_study, is_study
 from mupx.config import Experiment
 from mupx.errors import NotFoundError, UsageError
-from mupx.layers import Layer
+from mupx.layers import Layer, decay_factor, decay_per_step
 from mupx.recipe import Recipe
 
 # Flags that describe a model and its values, for a transfer without a study.
@@ -45,6 +45,7 @@ DESCRIBING += (
     "weight_decay",
 )
 TARGET, VALUES = "What is transferred", "Without SOURCE: values from anywhere, with the flags below"
+DECAY = "lr·wd"
 NUMBERS = ("r_in", "r_out", "init_std", "lr", "damping_A", "damping_B", "eps", "weight_decay")
 
 
@@ -227,6 +228,7 @@ def _stem(path: Path) -> str:
 def _print_layers(recipe: Recipe) -> None:
     """Print the layer table without the columns that say nothing, which are named in a line instead."""
     layers, scaling = recipe.layers, recipe.experiment.scaling
+    mode = recipe.experiment.optimizer.weight_decay_mode
     optimizers = {layer.optimizer for layer in layers}
     texts = ["name", "role", *(["optimizer"] if len(optimizers) > 1 else []), "shape"]
     numbers = [name for name in NUMBERS if any(getattr(layer, name) for layer in layers)]
@@ -236,13 +238,20 @@ def _print_layers(recipe: Recipe) -> None:
     print_table(
         f"{recipe.experiment.model.name} with {recipe.experiment.optimizer.name}, width {scaling.width} from "
         f"{scaling.base_width}{depth} ({scaling.parametrization}); base {hyper}",
-        [*texts, *numbers],
+        [*texts, *numbers, *([DECAY] if "weight_decay" in numbers else [])],
         [
-            [*(_text(layer, name) for name in texts), *(number(getattr(layer, name)) for name in numbers)]
+            [
+                *(_text(layer, name) for name in texts),
+                *(number(getattr(layer, name)) for name in numbers),
+                *([number(decay_per_step(layer, mode))] if "weight_decay" in numbers else []),
+            ]
             for layer in layers
         ],
         left=len(texts),
     )
+    if "weight_decay" in numbers:
+        over = number(decay_factor(recipe.experiment))
+        say(f"{DECAY}   what a step takes off a weight at full lr ({mode} weight decay, × {over} for width)")
     absent = [name for name in NUMBERS if name not in numbers]
     if absent:
         say(f"zero or not used: {', '.join(absent)}")

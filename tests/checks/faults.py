@@ -104,7 +104,7 @@ FAULTS = {
     ),
     "fan-in and fan-out swapped": Fault(
         settings.SGD,
-        lambda: registered(Swapped("mutant", MUP.init, True, "")),
+        lambda: registered(Swapped("mutant", MUP.init, MUP.strategy, "")),
         "fan-in and fan-out swapped",
         "input.weight",
         parametrization="mutant",

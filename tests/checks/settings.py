@@ -92,7 +92,7 @@ class Mutant(Parametrization):
 def mutant(role: Role, field: Field, power: float, of: str = "mup") -> Mutant:
     """Return a wrong variant of a parametrization."""
     right = scaling.PARAMETRIZATIONS[of]
-    return Mutant("mutant", right.init, right.scaled, "", right.mup_package, role, field, power)
+    return Mutant("mutant", right.init, right.strategy, "", right.forward, role, field, power)
 
 
 @contextmanager

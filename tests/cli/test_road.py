@@ -8,8 +8,11 @@ import sys
 import pandas as pd
 import pytest
 
+from mupx.scaling import PARAMETRIZATIONS, RULES
+
 from .conftest import TUNE
 
+WIDE_DECAY = "optimizer.weight_decay_scaling=width"
 LAYER = ["name", "role", "optimizer", "shape", "r_in", "r_out", "init_std", "lr"]
 LAYER += ["damping_A", "damping_B", "eps", "weight_decay"]
 
@@ -127,6 +130,43 @@ def test_rules_prints_multipliers_per_role(run):
         "vector": 0.25,
     }
     assert "kfac" in run("rules").out
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("parametrization", sorted(PARAMETRIZATIONS))
+def test_rules_says_every_formula_with_its_source(run, name, parametrization):
+    rule, law = RULES[name], PARAMETRIZATIONS[parametrization]
+    ended = run("rules", name, "--parametrization", parametrization, "--json").json
+    formulas = ended["formulas"]
+    assert {"update", "init_std", "lr", "weight_decay", "depth", "source", "standing"} <= formulas.keys()
+    assert ("eps" in formulas) == (rule.eps is not None)
+    assert ("damping_B" in formulas) == ("absolute" in rule.damping and name != "foof")
+    assert (ended["source"], ended["standing"]) == (rule.source, rule.standing)
+    assert rule.source in formulas["source"]
+    assert law.source in formulas["source"]
+    assert ("nothing is multiplied" in formulas["depth"]) == (not law.forward)
+
+
+def test_rules_prints_the_formulas_of_the_parametrization(run):
+    shown = run("rules", "kfac").out
+    assert "depth          residual branches × L^-1; inside them: lr L^-1, damping_B L^-2" in shown
+    assert "standing       theorem" in shown
+    assert "lr             r_out^1/2\n" in run("rules", "kfac", "--parametrization", "sp-full-alignment").out
+    assert "weight_decay   1 (independent); r_in (adamw, l2)" in run("rules", "adamw").out
+    assert "weight_decay   1 (independent, adamw, l2)" in run("rules", "adamw", "--parametrization", "sp").out
+
+
+def test_transfer_prints_what_weight_decay_takes_off(run):
+    flags = ["--optimizer", "adamw", "--base-width", 8, "--width", 16, "--lr", "0.01"]
+    decaying = [*flags, "--weight-decay", ".1", "--set", "optimizer.weight_decay_mode=adamw"]
+    shown = run("transfer", "--model", "mlp", "--data", "synthetic", *decaying).out
+    assert "lr·wd" in shown
+    assert "adamw weight decay, × 1 for width" in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("hidden1.weight"))
+    assert line.split()[-1] == "0.001"
+    halved = run("transfer", "--model", "mlp", "--data", "synthetic", *decaying, "--set", WIDE_DECAY).out
+    assert "× 0.5 for width" in halved
+    assert "lr·wd" not in run("transfer", "--model", "mlp", "--data", "synthetic", *flags).out
 
 
 def test_the_rules_of_a_bias_are_those_of_the_optimizer_that_treats_it(run):
