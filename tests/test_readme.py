@@ -59,6 +59,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
     ("section", "script", "least"),
     [
         ("verdicts", "verdicts.py", 8),
+        ("slopes", "slopes.py", 14),
         ("drift", "damping_drift.py", 4),
         ("alarms", "false_alarms.py", 10),
         ("zoo", "zoo_verdicts.py", 6),
