@@ -16,7 +16,7 @@ from mupx.optim.shampoo import HalfShampoo, LeftShampoo, RightShampoo, Shampoo, 
 from mupx.scaling import RULES, Power
 from tests import oracles
 from tests.factories import small_mlp
-from tests.optim.slopes import TOLERANCE, largest_off, wrong_lr
+from tests.optim.own_slopes import TOLERANCE, largest_off, wrong_lr
 from tests.optim.training import batches, make, train
 from tests.strategies import rotation, seeds
 

@@ -19,7 +19,7 @@ from mupx.parametrization import experiment_from
 from mupx.scaling import HOSTS, RULES, find_rule, grafted
 from mupx.update_norm import GRAFTS, frobenius, rescaled, spectral_norm
 from tests.factories import small_mlp
-from tests.optim.slopes import TOLERANCE, largest_off
+from tests.optim.own_slopes import TOLERANCE, largest_off
 from tests.optim.training import batches, make, one_update, train
 
 STEPS, LR = 4, 0.01
