@@ -5,7 +5,7 @@ Setting: tanh MLP 24–M–M–10 without biases, float64, synthetic classificat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.optim.training import backward
 BASE, WIDTHS, SEEDS = 32, (64, 128, 256, 512), (0, 1)
 INPUTS, CLASSES, BATCH = 24, 10, 64
 ONE = Power()
+NOTHING: Mapping[str, float] = {}
 
 
 def build(width: int) -> nn.Sequential:
@@ -44,6 +45,7 @@ def movements(
     steps: int,
     wrong: Power,
     without: str,
+    values: Mapping[str, float],
     arguments: dict[str, Any],
 ) -> list[float]:
     """Return mean |Δh_l| of the three layers after ``steps``.
@@ -51,7 +53,7 @@ def movements(
     ``wrong`` multiplies the rule's lr; the groups are stripped of the key ``without``.
     """
     torch.manual_seed(seed)
-    model, groups = mupx.parametrize(build, width=width, base_width=BASE, optimizer=name, lr=lr)
+    model, groups = mupx.parametrize(build, width=width, base_width=BASE, optimizer=name, lr=lr, **values)
     for group in groups:
         group["lr"] = group["lr"] * wrong(group["r_in"], group["r_out"])
         group.pop(without, None)
@@ -81,13 +83,26 @@ def slopes(
     steps: int = 1,
     wrong: Power = ONE,
     without: str = "",
+    values: Mapping[str, float] = NOTHING,
     widths: Sequence[int] = WIDTHS,
     **arguments: Any,
 ) -> list[float]:
-    """Return the slope of log mean |Δh_l| against log M of the input, hidden and output layer."""
+    """Return the slope of log mean |Δh_l| against log M of the input, hidden and output layer.
+
+    Args:
+        name: The optimizer.
+        lr: At the base width.
+        steps: Steps done.
+        wrong: What the rule's lr is multiplied by.
+        without: Key that the groups are stripped of.
+        values: Further hyperparameters.
+        widths: M.
+        **arguments: Of the optimizer's constructor.
+    """
     moved = [
         np.mean(
-            [np.log(movements(name, width, s, lr, steps, wrong, without, arguments)) for s in SEEDS], axis=0
+            [np.log(movements(name, width, s, lr, steps, wrong, without, values, arguments)) for s in SEEDS],
+            axis=0,
         )
         for width in widths
     ]

@@ -226,6 +226,14 @@ def test_a_scale_at_the_grown_shape_would_count_growth_twice(scale: str) -> None
     assert found[0] == pytest.approx(0.5, abs=0.1)  # the input layer: √r_out beside the rule's
 
 
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_an_eps_above_every_gradient_needs_its_multiplier(multiplied: bool) -> None:
+    # The update is then proportional to the gradient over eps: without the multiplier, lr is not SGD's.
+    key = "" if multiplied else "eps"
+    found = slopes("muon", 0.05, without=key, values={"eps": 1e3}, eps=1e3)
+    assert flat(found) == multiplied
+
+
 def test_lr_at_base_width_is_torchs_and_wider_layers_follow_the_rule_alone() -> None:
     def build(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 10))
