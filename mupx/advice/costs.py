@@ -1,0 +1,400 @@
+"""What a step of each optimizer costs: operations and memory, tensor by tensor, from shapes alone.
+
+One entry of :data:`COSTS` per optimizer, under the name it is registered by; an optimizer without an entry
+is not modelled, and nothing else depends on it. G is ``[d_out, d_in]``, n the number of rows of a layer's
+inputs (samples times positions). Where K-FAC and Shampoo choose between dense and low-rank factors, the
+choice is made here by the functions that make it there.
+
+How many columns a low-rank factor keeps depends on the data. The estimates: a running average whose spectrum
+falls as i⁻² is cut where :func:`mupx.lowrank.truncated` cuts it (A, L, R); of K-FAC's B, which is nearer to
+noise, as many batches stay as the average's window holds. benchmarks/cost_model.py compares both with runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from mupx.advice.rates import Work, elementwise, factorised, gemm, solve
+from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays
+from mupx.preconditioning import prefers_cholesky, thin_pays
+
+LARGEST = 6 / math.pi**2  # share of the trace that the first of the eigenvalues i⁻² has
+NEWTON_SCHULZ = 5  # iterations of Muon
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A parameter of the target model, as a matrix.
+
+    Attributes:
+        name: Qualified name.
+        kind: As in :class:`mupx.layers.Parameter`.
+        d_out: Rows once flattened; the length of a vector.
+        d_in: Columns once flattened; 1 for a vector.
+        n: Rows of its layer's inputs per step, 0 where they are not captured.
+        positions: Of them, per sample.
+    """
+
+    name: str
+    kind: str
+    d_out: int
+    d_in: int
+    n: int = 0
+    positions: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.d_out * self.d_in
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether a layer's curvature treats it beside its weight."""
+        return self.kind.endswith(".bias")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the cost besides shapes; names as in the configuration.
+
+    Attributes:
+        itemsize: Bytes per number.
+        momentum: Whether there is any.
+        solver: ``auto``, ``dense`` or ``low-rank``.
+        damping_rule: Of the optimizer.
+        fisher: ``empirical``, ``mc`` or ``exact``.
+        damping: ρ of either side.
+        ema: Decay per step of the running averages.
+        interval: Mean number of steps from one refresh to the next.
+        blocks: Largest block edge; 0 means one block.
+        classes: Outputs per term of the loss.
+    """
+
+    itemsize: int = 4
+    momentum: bool = False
+    solver: str = "auto"
+    damping_rule: str | None = None
+    fisher: str = "empirical"
+    damping: float = 1e-2
+    ema: float = 0.95
+    interval: float = 10.0
+    blocks: int = 0
+    classes: int = 10
+
+    @property
+    def keep(self) -> float:
+        """Weight of the old average at a refresh."""
+        return float(self.ema ** max(self.interval, 1.0))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one tensor adds.
+
+    Attributes:
+        step: Work of every step, without forward and backward pass.
+        refresh: Work of a refresh, beyond that.
+        state: Bytes that stay from step to step.
+        workspace: Bytes that live while the tensor is treated.
+        captured: Bytes that wait from the backward pass to the step.
+        passes: Further backward passes per refresh, for the whole model.
+    """
+
+    step: Work = ()
+    refresh: Work = ()
+    state: float = 0.0
+    workspace: float = 0.0
+    captured: float = 0.0
+    passes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One Kronecker factor ``[d, d]`` in the form it is kept in.
+
+    Attributes:
+        refresh: Work of a refresh.
+        state: Numbers kept.
+        workspace: Numbers that live during the refresh.
+        flops: Operations per vector that the solver is applied to.
+        triangular: Whether it is applied by triangular solves.
+        columns: Columns kept; 0 for a dense factor.
+        itemsize: Bytes per number.
+    """
+
+    d: int
+    refresh: Work
+    state: float
+    workspace: float
+    flops: int
+    triangular: bool = False
+    columns: int = 0
+    itemsize: int = 4
+
+    def applied(self, vectors: float) -> Work:
+        """Return the work of applying the solver to so many vectors."""
+        if self.columns:
+            moved = 7.0 * self.d * vectors * self.itemsize
+            return (gemm(self.d, vectors, self.columns, 2), *elementwise(moved, moved / 3, 8))
+        return (solve(self.d, vectors),) if self.triangular else (gemm(self.d, vectors, self.d),)
+
+
+def descent(shape: Shape, setting: Setting) -> Cost:
+    """Return the cost of W ← W − lr·u alone, with the heavy ball if there is momentum."""
+    moved, made = (6.0, 2.0) if setting.momentum else (0.0, 0.0)
+    size = shape.numel * setting.itemsize
+    work = elementwise((3 + moved) * size, made * size, 10 + 2 * (moved > 0))
+    return Cost(step=work, state=size * setting.momentum, workspace=made * size)
+
+
+def adamw(shape: Shape, setting: Setting) -> Cost:
+    """Return Adam's cost: two moments, ten elementwise operations; a root or a division counts as two."""
+    return _moments(shape, setting, kept=2, moved=32, made=9, calls=24)
+
+
+def lion(shape: Shape, setting: Setting) -> Cost:
+    """Return Lion's cost: one moment, an interpolation for the sign and one for the moment."""
+    return _moments(shape, setting, kept=1, moved=12, made=4, calls=18)
+
+
+def _moments(shape: Shape, setting: Setting, kept: int, moved: int, made: int, calls: int) -> Cost:
+    size = shape.numel * setting.itemsize
+    return Cost(elementwise(moved * size, made * size, calls), (), kept * size, 3.0 * size)
+
+
+def muon(shape: Shape, setting: Setting) -> Cost:
+    """Return Muon's cost: five Newton–Schulz steps on the shorter side, in the weights' precision."""
+    short, long = sorted((shape.d_out, shape.d_in))
+    one = (gemm(short, short, long), gemm(short, short, short), gemm(short, long, short))
+    plain, size = _moments(shape, setting, kept=1, moved=14, made=4, calls=20), shape.numel * setting.itemsize
+    return replace(plain, step=(*plain.step, *_repeated(one, NEWTON_SCHULZ)), workspace=5.0 * size)
+
+
+def soap(shape: Shape, setting: Setting) -> Cost:
+    """Return SOAP's cost (arXiv:2409.11321): Adam in the eigenbases of L and R, refreshed by QR."""
+    d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
+    plain = adamw(shape, setting)
+    turned = (gemm(d_out, d_in, d_out, 2), gemm(d_out, d_in, d_in, 2))
+    moments = (
+        gemm(d_out, d_out, d_in),
+        gemm(d_in, d_in, d_out),
+        *elementwise(3.0 * (d_out**2 + d_in**2) * size),
+    )
+    bases = (
+        gemm(d_out, d_out, d_out),
+        gemm(d_in, d_in, d_in),
+        factorised("qr", d_out),
+        factorised("qr", d_in),
+    )
+    squares = float(d_out**2 + d_in**2)
+    return Cost(
+        step=(*plain.step, *turned, *moments),
+        refresh=bases,
+        state=plain.state + 2 * squares * size,
+        workspace=plain.workspace + size * (3.0 * max(d_out, d_in) ** 2 + 2 * shape.numel),
+    )
+
+
+def psgd(shape: Shape, setting: Setting) -> Cost:
+    """Return PSGD's cost with two triangular factors: applied twice, and fitted, in every step."""
+    d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
+    plain, squares = descent(shape, setting), float(d_out**2 + d_in**2)
+    across = (gemm(d_out, d_in, d_out), gemm(d_out, d_in, d_in))
+    gram = (gemm(d_out, d_out, d_in, 2), gemm(d_in, d_in, d_out, 2))
+    fit = (
+        gemm(d_out, d_out, d_out),
+        gemm(d_in, d_in, d_in),
+        *elementwise(12.0 * squares * size, 4 * squares * size, 40),
+    )
+    return Cost(
+        step=(*plain.step, *_repeated(across, 4), *gram, *fit),
+        state=plain.state + squares * size,
+        workspace=plain.workspace + size * (3.0 * max(d_out, d_in) ** 2 + 3 * shape.numel),
+    )
+
+
+def ekfac(shape: Shape, setting: Setting) -> Cost:
+    """Return EKFAC's cost: K-FAC's with both eigenbases, and the second moments of the gradient in them."""
+    cost = kfac(shape, replace(setting, damping_rule="exact"))
+    if shape.is_bias:
+        return cost
+    d_out, d_in, n = shape.d_out, shape.d_in, max(shape.n, 1)
+    turned = (gemm(n, d_in, d_in), gemm(n, d_out, d_out), gemm(d_out, d_in, n))
+    return replace(cost, refresh=(*cost.refresh, *turned))
+
+
+def kfac(shape: Shape, setting: Setting) -> Cost:
+    """Return K-FAC's cost; arXiv:1503.05671 with the solvers of :mod:`mupx.preconditioning`."""
+    return _kronecker(shape, setting, "AB")
+
+
+def foof(shape: Shape, setting: Setting) -> Cost:
+    """Return FOOF's cost: K-FAC's with A alone."""
+    return descent(shape, setting) if shape.is_bias else _kronecker(shape, setting, "A")
+
+
+def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
+    plain = descent(shape, setting)
+    size, n = setting.itemsize, shape.n
+    d_out, d_in = shape.d_out, shape.d_in
+    if shape.is_bias:
+        return replace(plain, step=(*plain.step, gemm(d_out, 1, d_out), *elementwise(0.0, 0.0, 12)))
+    whole = setting.damping_rule == "exact"
+    thin = setting.solver != "dense" and not whole and setting.fisher == "empirical"
+    kept = thin and n <= max(d_out, d_in)
+    vectors = n if kept and min(d_out, d_in) >= SMALLEST else max(d_out, d_in)
+    pair = []
+    for side, d, other in (("B", d_out, d_in), ("A", d_in, d_out)):
+        if side in sides:
+            columns = _kept_columns(side, d, n, setting) if kept else None
+            solved = setting.solver != "dense" and prefers_cholesky(
+                d, min(other, vectors), round(setting.interval)
+            )
+            pair.append(_side(d, n, columns, "eigh" if whole else "inverse", solved, setting))
+    capture = _capture(shape, size)
+    captures_always = thin and min(d_out, d_in) >= SMALLEST
+    applied = _applied(shape, pair, n if kept and captures_always else 0, exact=whole)
+    return Cost(
+        step=(*plain.step, *applied, *(capture if captures_always else ())),
+        refresh=(*(() if captures_always else capture), *(op for side in pair for op in side.refresh)),
+        state=plain.state + size * (sum(side.state for side in pair) + whole * shape.numel),
+        workspace=plain.workspace + size * (max(side.workspace for side in pair) + 2 * shape.numel),
+        captured=size * (n * (d_in * (shape.positions > 1) + d_out) if kept else d_in**2 + d_out**2),
+        passes={"empirical": 0.0, "mc": 1.0}.get(setting.fisher, float(setting.classes)),
+    )
+
+
+def shampoo(shape: Shape, setting: Setting) -> Cost:
+    """Return Shampoo's cost; arXiv:1802.09568, block by block."""
+    plain = descent(shape, setting)
+    edge = setting.blocks or max(shape.d_out, shape.d_in)
+    rows, columns = math.ceil(shape.d_out / edge), math.ceil(shape.d_in / edge)
+    one = replace(
+        shape,
+        d_out=-(-shape.d_out // rows),
+        d_in=-(-shape.d_in // columns),
+        n=shape.n if rows * columns == 1 else 0,
+    )
+    n, longest = one.n, max(one.d_out, one.d_in)
+    # Rows are captured before their number is known; too many are dropped.
+    watched = shape.n > 0 and setting.solver != "dense"
+    watched = watched and (setting.solver == "low-rank" or max(shape.d_out, shape.d_in) >= SMALLEST)
+    thin = watched and 0 < n <= longest
+    pair = []
+    for d, other in ((one.d_out, one.d_in), (one.d_in, one.d_out)):
+        kept = _kept_columns("L", d, n, setting) if thin else None
+        pair.append(_side(d, other if kept is None else n, kept, "root", False, setting))
+    moments = (factorised("eigh", n, 2), gemm(n, n, one.d_in, 2), gemm(n, n, one.d_out, 2)) if thin else ()
+    count, size = rows * columns, setting.itemsize
+    work = (
+        *_applied(one, pair, n if thin else 0),
+        *elementwise(2.0 * one.numel * size, one.numel * size, 10),
+    )
+    refresh = (*moments, *(op for side in pair for op in side.refresh))
+    return Cost(
+        step=(*plain.step, *(_capture(shape, size) if watched else ()), *_repeated(work, count)),
+        refresh=_repeated(refresh, count),
+        state=plain.state + size * count * sum(side.state for side in pair),
+        workspace=plain.workspace + size * (max(side.workspace for side in pair) + 2 * one.numel),
+        captured=size * n * (one.d_in * (one.positions > 1) + one.d_out) if thin else 0.0,
+    )
+
+
+def _capture(shape: Shape, size: int) -> Work:
+    """Return the work of keeping a layer's inputs and δ as rows; a convolution's are unfolded first."""
+    unfolded = float(shape.n * shape.d_in * size) if shape.positions > 1 else 0.0
+    deltas = float(shape.n * shape.d_out * size)
+    return elementwise(4 * unfolded + 2 * deltas, unfolded + deltas, 90)
+
+
+def _side(d: int, n: int, columns: int | None, decomposition: str, solved: bool, setting: Setting) -> Side:
+    """Return one factor: from its n columns if some of them are kept, else dense."""
+    size = setting.itemsize
+    if columns is not None:
+        m = columns + n
+        work = (
+            gemm(m, m, d),
+            factorised("eigh", m),
+            gemm(d, m, m),
+            *elementwise(4.0 * d * m * size, 2.0 * d * m * size, 40),
+        )
+        return Side(d, work, d * columns, 3 * d * m, 4 * d * columns, columns=columns, itemsize=size)
+    product = (gemm(d, d, n), *elementwise(14.0 * d**2 * size, 4.0 * d**2 * size, 30))
+    if decomposition == "root":
+        work = (*product, factorised("eigh", d), gemm(d, d, d))
+        return Side(d, work, 2 * d**2, 5 * d**2, 2 * d**2)
+    if decomposition == "eigh":
+        return Side(d, (*product, factorised("eigh", d)), 2 * d**2, 4 * d**2, 2 * d**2)
+    inverse = () if solved else (factorised("inverse", d),)
+    work = (*product, factorised("cholesky", d), *inverse)
+    return Side(d, work, 2 * d**2, 4 * d**2, 2 * d**2, triangular=solved)
+
+
+def _kept_columns(side: str, d: int, n: int, setting: Setting) -> int | None:
+    """Return the columns a factor keeps between refreshes, or None where a dense one costs less."""
+    weight = 1.0 - setting.keep
+    threshold = weight * TOLERANCE * max(setting.damping, 1e-12)
+    in_trace = setting.damping_rule != "relative"
+    spread = math.sqrt((LARGEST if in_trace else 1.0) / threshold)
+    window = n / weight
+    count = int(min(d, window if side == "B" else min(spread, window * max(1.0, math.log(1 / threshold)))))
+    decomposition = EIGH if side == "L" else CHOLESKY
+    return max(count, 1) if setting.solver == "low-rank" or pays(d, n, count, decomposition) else None
+
+
+def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Work:
+    """Return the work of the solvers on a gradient, which is a product of n rows if there are any.
+
+    Args:
+        shape: Of the gradient.
+        pair: The output side and the input side, or the input side alone.
+        n: Rows.
+        exact: Whether both sides are eigenbases, applied from both sides of the spectrum.
+    """
+    d_out, d_in = shape.d_out, shape.d_in
+    if exact:
+        return (gemm(d_out, d_in, d_in, 2), gemm(d_out, d_in, d_out, 2))
+    if len(pair) == 1:
+        return pair[0].applied(d_out)
+    column, row = pair
+    # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
+    if n and thin_pays(cast(Any, column), cast(Any, row), (d_out, d_in), n):
+        return (*column.applied(n), *row.applied(n), gemm(d_out, d_in, n))
+    return (*column.applied(d_in), *row.applied(d_out))
+
+
+def _repeated(work: Work, times: float) -> Work:
+    return tuple(op._replace(times=op.times * times) for op in work)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An optimizer's cost.
+
+    Attributes:
+        cost: Shape and setting → cost of one tensor that the optimizer treats.
+        refreshes: Whether part of the work is done at refreshes only.
+        compared: Whether benchmarks/cost_model.py compares it with measured steps.
+    """
+
+    cost: Callable[[Shape, Setting], Cost]
+    refreshes: bool = False
+    compared: bool = False
+
+
+COSTS: Mapping[str, Declared] = {
+    "sgd": Declared(descent, compared=True),
+    "adamw": Declared(adamw, compared=True),
+    "kfac": Declared(kfac, refreshes=True, compared=True),
+    "shampoo": Declared(shampoo, refreshes=True, compared=True),
+    "foof": Declared(foof, refreshes=True),
+    "lion": Declared(lion),
+    "adam-atan2": Declared(adamw),
+    "muon": Declared(muon),
+    "soap": Declared(soap, refreshes=True),
+    "psgd": Declared(psgd),
+    "ekfac": Declared(ekfac, refreshes=True),
+}

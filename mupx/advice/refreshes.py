@@ -1,0 +1,74 @@
+"""How often a run refreshes its curvature, and the schedule to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mupx.config import OptimizerConfig
+from mupx.optim.base import refresh_interval
+
+FREQUENT, SAFE, LEAST = 10, 0.003, 0.001  # steps between refreshes at first; fractions of the training
+LATER = (30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # intervals; no longer one was tried
+FLOOR = 10  # refreshes that the frequent phase has at least
+SHARE = 0.05  # of a step's time that refreshes may cost later on
+PLAIN = 100  # later interval where a refresh's cost is not known
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A first phase of frequent refreshes, then a longer interval.
+
+    Attributes:
+        later: Steps between refreshes after the first phase.
+        least: Steps of 0.1 % of the training, below which runs failed.
+        safe: Steps of 0.3 %, safe for every later interval tried.
+        first: Steps the first phase has here: not less than ten refreshes.
+        refreshes: Refreshes in the whole run.
+    """
+
+    later: int
+    least: int
+    safe: int
+    first: int
+    refreshes: int
+
+    @property
+    def notation(self) -> str:
+        """The schedule as ``optimizer.refresh`` takes it."""
+        return f"{FREQUENT}:{100 * SAFE:g}%,{self.later}"
+
+
+def recommended(
+    steps: int, step_seconds: float | None = None, refresh_seconds: float | None = None
+) -> Phases:
+    """Return the schedule to try: every 10 steps for 0.3 % of the training, then as seldom as pays.
+
+    Args:
+        steps: Steps of the run.
+        step_seconds: Of a step without refresh, where it is known.
+        refresh_seconds: Of a refresh.
+    """
+    safe = math.ceil(SAFE * steps)
+    first = min(steps, max(safe, FLOOR * FREQUENT))
+    later = PLAIN
+    if step_seconds and refresh_seconds is not None:
+        cheap = [t for t in LATER if refresh_seconds <= SHARE * t * step_seconds]
+        later = cheap[0] if cheap else LATER[-1]
+    count = math.ceil(first / FREQUENT) + math.ceil((steps - first) / later)
+    return Phases(later, math.ceil(LEAST * steps), safe, first, count)
+
+
+def configured_interval(optimizer: OptimizerConfig) -> Callable[[int], int]:
+    """Return step → steps until the next refresh, as the optimizer is configured."""
+    return lambda step: refresh_interval(step, optimizer.refresh, optimizer.staleness)
+
+
+def count_refreshes(interval: Callable[[int], int], steps: int) -> int:
+    """Return the refreshes of a run whose curvature may serve ``interval(step)`` steps at a step."""
+    count = last = 0
+    for step in range(steps):
+        if step == 0 or step - last >= interval(step):
+            count, last = count + 1, step
+    return count
