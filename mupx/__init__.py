@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mupx.api import train, transfer, tune, verify
+    from mupx.api import advise, train, transfer, tune, verify
     from mupx.config import Experiment, Hyperparameters
     from mupx.groups import lr_factor
     from mupx.parametrization import param_groups, parametrize
@@ -20,6 +20,7 @@ __all__ = [
     "Experiment",
     "Hyperparameters",
     "Recipe",
+    "advise",
     "lr_factor",
     "param_groups",
     "parametrize",
@@ -33,6 +34,7 @@ _HOMES = {
     "Experiment": "mupx.config",
     "Hyperparameters": "mupx.config",
     "Recipe": "mupx.recipe",
+    "advise": "mupx.api",
     "lr_factor": "mupx.groups",
     "param_groups": "mupx.parametrization",
     "parametrize": "mupx.parametrization",

@@ -1,4 +1,4 @@
-"""The verbs in Python: ``tune``, ``transfer``, ``train`` and ``verify`` of what is at hand.
+"""The verbs in Python: ``tune``, ``transfer``, ``train``, ``verify`` and ``advise`` of what is at hand.
 
 Each takes an :class:`~mupx.config.Experiment`, or a model factory ``build(width)`` (a callable, or a name as
 on the command line) with the rest as keywords: ``optimizer``, ``loss``, ``base_width``, and every key of
@@ -25,6 +25,7 @@ from mupx.recipe import Recipe
 from mupx.usercode import hand_over, is_loaded
 
 if TYPE_CHECKING:
+    from mupx.advice.result import Advice
     from mupx.checks.result import Report
     from mupx.datasets.base import Dataset
     from mupx.run_folder import Result
@@ -199,6 +200,33 @@ def verify(
     experiment, loaded = _understood(what, data, more)
     folder = None if run_dir is None else Path(run_dir)
     return runner.verify(experiment, data=loaded, run_dir=folder, **options)
+
+
+def advise(
+    what: Recipe | Path | Model,
+    *,
+    data: Any = None,
+    allow_code: Sequence[str] = (),
+    **more: Any,
+) -> Advice:
+    """Say what to know before a run; see :func:`mupx.advice.advising.advise`. Nothing is trained.
+
+    Args:
+        what: A recipe or its file, an experiment, or a model, at the width of the target.
+        data: As for :func:`tune`; not needed where ``examples``, ``input_shape`` and ``classes`` are given.
+        allow_code: References that a recipe names and that may be imported.
+        **more: ``examples``, ``input_shape``, ``classes``, ``rates`` and ``measure`` of
+            :func:`mupx.advice.advising.advise`; the rest are settings.
+    """
+    from mupx.advice import advising
+
+    names = ("examples", "input_shape", "classes", "rates", "measure")
+    options = {key: more.pop(key) for key in names if key in more}
+    if isinstance(what, (Recipe, Path)):
+        recipe, what = _allowed(what, allow_code)
+        options |= {"tuned": recipe.experiment, "parameters": recipe.parameters}
+    experiment, loaded = _understood(what, data, more)
+    return advising.advise(experiment, data=loaded, **options)
 
 
 def _allowed(what: Recipe | Path, allow_code: Sequence[str]) -> tuple[Recipe, Experiment]:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mupx.cli import doctor, export, init, report, rules, status, train, transfer, tune, verify
+from mupx.cli import advise, doctor, export, init, report, rules, status, train, transfer, tune, verify
 from mupx.cli._console import relay_log
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
 
@@ -51,6 +51,7 @@ app.command("tune")(tune.command)
 app.command("transfer")(transfer.command)
 app.command("train")(train.command)
 app.command("verify")(verify.command)
+app.command("advise")(advise.command)
 app.command("rules")(rules.command)
 app.command("status")(status.command)
 app.command("report")(report.command)

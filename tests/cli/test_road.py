@@ -203,7 +203,7 @@ def test_configuration_precedence(run, monkeypatch, tmp_path):
     [
         ["--help"],
         ["rules", "kfac"],
-        *([verb, "--help"] for verb in ("status", "tune", "export", "init", "doctor")),
+        *([verb, "--help"] for verb in ("status", "tune", "export", "init", "doctor", "advise")),
     ],
 )
 def test_light_verbs_never_import_torch(arguments):
@@ -219,7 +219,7 @@ def test_light_verbs_never_import_torch(arguments):
 
 
 @pytest.mark.parametrize(
-    "verb", ["tune", "transfer", "train", "rules", "status", "report", "export", "init", "doctor"]
+    "verb", ["tune", "transfer", "train", "rules", "advise", "status", "report", "export", "init", "doctor"]
 )
 def test_every_verb_has_help_with_one_example(run, verb):
     ended = run(verb, "--help")
