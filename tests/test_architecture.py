@@ -47,7 +47,7 @@ LEVELS = {
     "mupx.advice.measuring": 5,
     "mupx.advice.network": 5,
     "mupx.advice.costs": 3,
-    "mupx.advice.refreshes": 5,
+    "mupx.advice.refreshes": 1,
     "mupx.advice.estimates": 5,
     "mupx.advice.choosing": 5,
     "mupx.advice.result": 5,

@@ -101,7 +101,9 @@ def advise(
     by_name = {found.optimizer: found for found in estimates}
     first, reasons = first_choice(sizes, by_name, free)
     curved = by_name.get(first) if first in by_name and by_name[first].refresh else by_name.get("kfac")
-    phases = recommended(sizes.steps, *((curved.step, curved.refresh) if curved else ()))
+    epoch = sizes.examples // sizes.batch_size
+    known = (curved.step, curved.refresh) if curved else (None, None)
+    phases = recommended(sizes.steps, *known, epoch)
     statements = [
         *pays(sizes),
         *reasons,
@@ -197,6 +199,8 @@ def _network(
         if train.amp == "off"
         else [_unknown(f"times are those of {train.dtype}: amp = {train.amp} is not modelled")]
     )
+    if experiment.optimizer.statistics is not None:
+        extra.append(_unknown("optimizer.statistics is not modelled: factors count as averaged at refreshes"))
     return network, extra
 
 
@@ -217,9 +221,10 @@ def _estimates(
         sizes.examples * math.prod(facts.input_shape) * (8 if experiment.train.dtype == "float64" else 4)
     )
     names = dict.fromkeys([*OPTIMIZERS, experiment.optimizer.name])
+    epoch = sizes.examples // sizes.batch_size
     for name in names:
         if name in OPTIMIZERS:
-            yield estimate(name, network, rates, experiment, sizes.steps, data, facts.classes)
+            yield estimate(name, network, rates, experiment, sizes.steps, data, facts.classes, epoch)
         else:
             yield not_modelled(name)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mupx.advice.estimates import Estimate
-from mupx.advice.refreshes import FLOOR, FREQUENT, LATER, SHARE, Phases
+from mupx.advice.refreshes import FREQUENT, LATER, SHARE, Phases
 from mupx.advice.statements import DERIVED, IK, MEASURED, P, Q, Sizes, Statement
+from mupx.refresh import FLOOR
 
 SECOND, FIRST = ("kfac", "shampoo"), "adamw"  # in the order they are tried
 MOSTLY = 0.5  # part of the parameters that an optimizer must treat itself
@@ -86,8 +87,8 @@ def about_refreshes(phases: Phases, sizes: Sizes, chosen: Estimate | None) -> It
     )
     if phases.first > phases.safe:
         text = (
-            f"0.3 % of this run is {phases.safe:,} steps, too few: the first phase has {FLOOR} refreshes at "
-            "least; the default, an age of at most 5 % of the steps done, suits short runs as well "
+            f"0.3 % of this run is {phases.safe:,} steps, too few: the first phase has at least "
+            f"{FLOOR} refreshes or one epoch; the default, an age of at most 5 % of the steps done, suits short runs as well "
             "(benchmarks/refresh.py)"
         )
         yield Statement("refresh", "short-run", "note", text, MEASURED)

@@ -90,6 +90,7 @@ def estimate(
     steps: int,
     data: float = 0.0,
     classes: int = 10,
+    epoch: int | None = None,
     costs: Mapping[str, Declared] = COSTS,
 ) -> Estimate:
     """Predict time per step and memory of one optimizer.
@@ -102,12 +103,17 @@ def estimate(
         steps: Steps of the run.
         data: Bytes of the training split.
         classes: Outputs per term of the loss.
+        epoch: Steps of one epoch.
         costs: Declared costs.
     """
     declared, rule = costs.get(name), RULES.get(name)
     if declared is None or rule is None:
         return not_modelled(name)
-    refreshes = count_refreshes(configured_interval(experiment.optimizer), steps) if declared.refreshes else 0
+    refreshes = (
+        count_refreshes(configured_interval(experiment.optimizer, steps, epoch), steps)
+        if declared.refreshes
+        else 0
+    )
     setting = setting_of(experiment, rule, steps, refreshes, classes)
     own = [shape for shape in network.shapes if rule.kinds is None or shape.kind in rule.kinds]
     rest = [shape for shape in network.shapes if shape not in own]

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mupx.config import OptimizerConfig
-from mupx.optim.base import refresh_interval
+from mupx.refresh import Intervals, Schedule, parse_refresh, refresh_interval
 
 FREQUENT, SAFE, LEAST = 10, 0.003, 0.001  # steps between refreshes at first; fractions of the training
 LATER = (30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # intervals; no longer one was tried
-FLOOR = 10  # refreshes that the frequent phase has at least
 SHARE = 0.05  # of a step's time that refreshes may cost later on
 PLAIN = 100  # later interval where a refresh's cost is not known
 
@@ -24,7 +23,7 @@ class Phases:
         later: Steps between refreshes after the first phase.
         least: Steps of 0.1 % of the training, below which runs failed.
         safe: Steps of 0.3 %, safe for every later interval tried.
-        first: Steps the first phase has here: not less than ten refreshes.
+        first: Steps the first phase has here: not less than ten refreshes or one epoch.
         refreshes: Refreshes in the whole run.
     """
 
@@ -37,11 +36,14 @@ class Phases:
     @property
     def notation(self) -> str:
         """The schedule as ``optimizer.refresh`` takes it."""
-        return f"{FREQUENT}:{100 * SAFE:g}%,{self.later}"
+        return _notation(self.later)
 
 
 def recommended(
-    steps: int, step_seconds: float | None = None, refresh_seconds: float | None = None
+    steps: int,
+    step_seconds: float | None = None,
+    refresh_seconds: float | None = None,
+    epoch: int | None = None,
 ) -> Phases:
     """Return the schedule to try: every 10 steps for 0.3 % of the training, then as seldom as pays.
 
@@ -49,20 +51,34 @@ def recommended(
         steps: Steps of the run.
         step_seconds: Of a step without refresh, where it is known.
         refresh_seconds: Of a refresh.
+        epoch: Steps of one epoch.
     """
-    safe = math.ceil(SAFE * steps)
-    first = min(steps, max(safe, FLOOR * FREQUENT))
     later = PLAIN
     if step_seconds and refresh_seconds is not None:
         cheap = [t for t in LATER if refresh_seconds <= SHARE * t * step_seconds]
         later = cheap[0] if cheap else LATER[-1]
-    count = math.ceil(first / FREQUENT) + math.ceil((steps - first) / later)
-    return Phases(later, math.ceil(LEAST * steps), safe, first, count)
+    intervals = _phased(_notation(later), steps, epoch)
+    first, count = min(steps, intervals.ends[0]), count_refreshes(intervals, steps)
+    return Phases(later, math.ceil(LEAST * steps), math.ceil(SAFE * steps), first, count)
 
 
-def configured_interval(optimizer: OptimizerConfig) -> Callable[[int], int]:
-    """Return step → steps until the next refresh, as the optimizer is configured."""
-    return lambda step: refresh_interval(step, optimizer.refresh, optimizer.staleness)
+def _notation(later: int) -> str:
+    return f"{FREQUENT}:{100 * SAFE:g}%,{later}"
+
+
+def _phased(notation: str, steps: int, epoch: int | None) -> Intervals:
+    schedule = parse_refresh(notation)
+    assert isinstance(schedule, Schedule)
+    return schedule.over(steps, epoch)
+
+
+def configured_interval(
+    optimizer: OptimizerConfig, steps: int, epoch: int | None = None
+) -> Callable[[int], int]:
+    """Return step → steps until the next refresh, as the optimizer is configured for such a run."""
+    schedule = parse_refresh(optimizer.refresh)
+    refresh = schedule if isinstance(schedule, int) else schedule.over(steps, epoch)
+    return lambda step: refresh_interval(step, refresh, optimizer.staleness)
 
 
 def count_refreshes(interval: Callable[[int], int], steps: int) -> int:

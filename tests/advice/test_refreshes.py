@@ -20,7 +20,7 @@ def test_refreshes_are_counted_as_the_optimizer_does_them(refresh, staleness, st
         optimizer.step()
         done.add(optimizer.state[weight]["refreshed_at"])
     config = OptimizerConfig(refresh=refresh, staleness=staleness)
-    assert count_refreshes(configured_interval(config), steps) == len(done)
+    assert count_refreshes(configured_interval(config, steps), steps) == len(done)
 
 
 def test_a_long_run_is_given_the_posters_fractions_in_its_own_steps():
@@ -28,6 +28,16 @@ def test_a_long_run_is_given_the_posters_fractions_in_its_own_steps():
     assert (phases.least, phases.safe, phases.first) == (400, 1200, 1200)
     assert phases.notation == "10:0.3%,100"
     assert phases.refreshes == 120 + (400_000 - 1200) // 100
+
+
+def test_phases_are_counted_over_the_run():
+    config = OptimizerConfig(refresh="10:0.3%,100")
+    assert count_refreshes(configured_interval(config, 400_000), 400_000) == recommended(400_000).refreshes
+
+
+def test_one_epoch_bounds_the_first_phase_of_a_short_run():
+    assert recommended(1000, epoch=40).first == 40
+    assert recommended(1000, epoch=4000).first == 100
 
 
 def test_a_short_run_keeps_at_least_ten_refreshes_in_the_first_phase():
