@@ -88,8 +88,8 @@ def about_refreshes(phases: Phases, sizes: Sizes, chosen: Estimate | None) -> It
     if phases.first > phases.safe:
         text = (
             f"0.3 % of this run is {phases.safe:,} steps, too few: the first phase has at least "
-            f"{FLOOR} refreshes or one epoch; the default, an age of at most 5 % of the steps done, suits short runs as well "
-            "(benchmarks/refresh.py)"
+            f"{FLOOR} refreshes or one epoch; the default, an age of at most 5 % of the steps done, suits "
+            "short runs as well (benchmarks/refresh.py)"
         )
         yield Statement("refresh", "short-run", "note", text, MEASURED)
     if chosen is not None and chosen.seconds and chosen.step and chosen.refresh:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
-from mupx.advice.rates import Work, elementwise, factorised, gemm, solve
+from mupx.advice.rates import Op, Work, elementwise, factorised, gemm, solve
 from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays
 from mupx.preconditioning import prefers_cholesky, thin_pays
 
@@ -173,33 +174,25 @@ def muon(shape: Shape, setting: Setting) -> Cost:
     return replace(plain, step=(*plain.step, *_repeated(one, NEWTON_SCHULZ)), workspace=5.0 * size)
 
 
-def soap(shape: Shape, setting: Setting) -> Cost:
-    """Return SOAP's cost (arXiv:2409.11321): Adam in the eigenbases of L and R, refreshed by QR."""
+def soap(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
+    """Return SOAP's cost (arXiv:2409.11321): Adam in the eigenbases of L and R, which QR follows."""
     d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
     plain = adamw(shape, setting)
-    turned = (gemm(d_out, d_in, d_out, 2), gemm(d_out, d_in, d_in, 2))
-    moments = (
-        gemm(d_out, d_out, d_in),
-        gemm(d_in, d_in, d_out),
-        *elementwise(3.0 * (d_out**2 + d_in**2) * size),
-    )
-    bases = (
-        gemm(d_out, d_out, d_out),
-        gemm(d_in, d_in, d_in),
-        factorised("qr", d_out),
-        factorised("qr", d_in),
-    )
-    squares = float(d_out**2 + d_in**2)
+    edges = [d for side, d in (("L", d_out), ("R", d_in)) if side in sides]
+    step, refresh = list(plain.step), list[Op]()
+    for d in edges:
+        step += [gemm(d_out, d_in, d, 2), gemm(d, d, shape.numel / d), *elementwise(3.0 * d**2 * size)]
+        refresh += [gemm(d, d, d), gemm(d_out, d_in, d, 2), factorised("qr", d)]
     return Cost(
-        step=(*plain.step, *turned, *moments),
-        refresh=bases,
-        state=plain.state + 2 * squares * size,
-        workspace=plain.workspace + size * (3.0 * max(d_out, d_in) ** 2 + 2 * shape.numel),
+        step=tuple(step),
+        refresh=tuple(refresh),
+        state=plain.state + 2.0 * sum(d**2 for d in edges) * size,
+        workspace=plain.workspace + size * (3.0 * max(edges) ** 2 + 2 * shape.numel),
     )
 
 
 def psgd(shape: Shape, setting: Setting) -> Cost:
-    """Return PSGD's cost with two triangular factors: applied twice, and fitted, in every step."""
+    """Return PSGD's cost: a running mean, two triangular factors, applied twice and fitted in every step."""
     d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
     plain, squares = descent(shape, setting), float(d_out**2 + d_in**2)
     across = (gemm(d_out, d_in, d_out), gemm(d_out, d_in, d_in))
@@ -211,7 +204,7 @@ def psgd(shape: Shape, setting: Setting) -> Cost:
     )
     return Cost(
         step=(*plain.step, *_repeated(across, 4), *gram, *fit),
-        state=plain.state + squares * size,
+        state=size * (squares + shape.numel),
         workspace=plain.workspace + size * (3.0 * max(d_out, d_in) ** 2 + 3 * shape.numel),
     )
 
@@ -267,8 +260,8 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     )
 
 
-def shampoo(shape: Shape, setting: Setting) -> Cost:
-    """Return Shampoo's cost; arXiv:1802.09568, block by block."""
+def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
+    """Return Shampoo's cost, block by block (arXiv:1802.09568); a side left out has no factor."""
     plain = descent(shape, setting)
     edge = setting.blocks or max(shape.d_out, shape.d_in)
     rows, columns = math.ceil(shape.d_out / edge), math.ceil(shape.d_in / edge)
@@ -284,7 +277,9 @@ def shampoo(shape: Shape, setting: Setting) -> Cost:
     watched = watched and (setting.solver == "low-rank" or max(shape.d_out, shape.d_in) >= SMALLEST)
     thin = watched and 0 < n <= longest
     pair = []
-    for d, other in ((one.d_out, one.d_in), (one.d_in, one.d_out)):
+    for side, d, other in (("L", one.d_out, one.d_in), ("R", one.d_in, one.d_out)):
+        if side not in sides:
+            continue
         kept = _kept_columns("L", d, n, setting) if thin else None
         pair.append(_side(d, other if kept is None else n, kept, "root", False, setting))
     moments = (factorised("eigh", n, 2), gemm(n, n, one.d_in, 2), gemm(n, n, one.d_out, 2)) if thin else ()
@@ -350,7 +345,7 @@ def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Wor
 
     Args:
         shape: Of the gradient.
-        pair: The output side and the input side, or the input side alone.
+        pair: The output side and the input side, or one of them alone.
         n: Rows.
         exact: Whether both sides are eigenbases, applied from both sides of the spectrum.
     """
@@ -358,7 +353,7 @@ def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Wor
     if exact:
         return (gemm(d_out, d_in, d_in, 2), gemm(d_out, d_in, d_out, 2))
     if len(pair) == 1:
-        return pair[0].applied(d_out)
+        return pair[0].applied(shape.numel / pair[0].d)
     column, row = pair
     # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
     if n and thin_pays(cast(Any, column), cast(Any, row), (d_out, d_in), n):
@@ -390,11 +385,16 @@ COSTS: Mapping[str, Declared] = {
     "adamw": Declared(adamw, compared=True),
     "kfac": Declared(kfac, refreshes=True, compared=True),
     "shampoo": Declared(shampoo, refreshes=True, compared=True),
+    "shampoo-half": Declared(shampoo, refreshes=True),
+    "shampoo-left": Declared(partial(shampoo, sides="L"), refreshes=True),
+    "shampoo-right": Declared(partial(shampoo, sides="R"), refreshes=True),
     "foof": Declared(foof, refreshes=True),
     "lion": Declared(lion),
     "adam-atan2": Declared(adamw),
     "muon": Declared(muon),
     "soap": Declared(soap, refreshes=True),
+    "soap-left": Declared(partial(soap, sides="L"), refreshes=True),
+    "soap-right": Declared(partial(soap, sides="R"), refreshes=True),
     "psgd": Declared(psgd),
     "ekfac": Declared(ekfac, refreshes=True),
 }

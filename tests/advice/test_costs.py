@@ -1,5 +1,6 @@
 """What an optimizer keeps and does, against the optimizers themselves."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,12 @@ from mupx.advice.network import network_of, outline
 from mupx.models.mlp import build
 from mupx.models.myrtle5 import build as convolutional
 from mupx.optim import OPTIMIZERS
+from mupx.scaling import RULES
 
 from .machine import fixed_rates
 
 BATCH = 16
 KINDS = {"weight": "linear", "bias": "linear.bias"}
-RELATIVE = {"shampoo": "relative"}
 
 
 def shapes_of(make, width, shape):
@@ -35,8 +36,9 @@ def kept_bytes(optimizer):
 
 def trained(name, model, shape, steps=3, **options):
     kind = OPTIMIZERS.load(name)
-    given = {"model": model} if name == "kfac" else {}
-    optimizer = kind(list(model.named_parameters()), **given, **options)
+    takes = inspect.signature(kind).parameters
+    given = {key: value for key, value in {"model": model, **options}.items() if key in takes}
+    optimizer = kind(list(model.named_parameters()), **given)
     for step in range(steps):
         x = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(step))
         y = torch.arange(BATCH) % 10
@@ -48,22 +50,26 @@ def trained(name, model, shape, steps=3, **options):
 
 
 def predicted_state(name, shapes, setting, cost=None):
-    own = (lambda s: True) if name in ("sgd", "adamw", "kfac") else (lambda s: not s.is_bias)
-    costs = [(cost or COSTS[name].cost if own(s) else adamw)(s, setting) for s in shapes]
+    kinds = RULES[name].kinds
+    costs = [
+        (cost or COSTS[name].cost if kinds is None or s.kind in kinds else adamw)(s, setting) for s in shapes
+    ]
     return sum(c.state for c in costs)
 
 
 @pytest.mark.parametrize(
     ("name", "momentum"),
-    [("adamw", 0.0), *((name, m) for name in ("sgd", "kfac", "shampoo") for m in (0.0, 0.9))],
+    [
+        *((name, 0.0) for name in OPTIMIZERS if name in COSTS),
+        *((name, 0.9) for name in ("sgd", "kfac", "shampoo")),
+    ],
 )
 @pytest.mark.parametrize(("make", "shape"), [(build, (1, 6, 6)), (convolutional, (3, 8, 8))])
 def test_the_state_of_an_optimizer_is_predicted(name, make, shape, momentum):
     model = make(24, input_shape=shape, classes=10)
-    options = {"solver": "dense"} if COSTS[name].refreshes else {}
-    options |= {"momentum": momentum} if momentum else {}
+    options = {"solver": "dense"} | ({"momentum": momentum} if momentum else {})
     real = kept_bytes(trained(name, model, shape, **options))
-    setting = Setting(momentum=momentum > 0, solver="dense", damping_rule=RELATIVE.get(name))
+    setting = Setting(momentum=momentum > 0, solver="dense", damping_rule=RULES[name].default_damping)
     found = predicted_state(name, shapes_of(make, 24, shape), setting)
     assert found == pytest.approx(real, rel=0.1)
     if name == "adamw":  # one moment forgotten would be seen
