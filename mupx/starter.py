@@ -84,7 +84,7 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.ema": "Decay per step of the curvature's running average.",
     "optimizer.solver": "How curvature is kept and solved with; auto takes whatever costs less.",
     "optimizer.accumulate": "Shampoo: a running average of the statistics, or their sum.",
-    "optimizer.blocks": "Shampoo: largest edge of a block; 0 means one block per tensor.",
+    "optimizer.blocks": "Shampoo, SOAP: longest edge of a block; 0 means one block per tensor.",
     "optimizer.graft": "Optimizer in whose size the update is made, and whose lr rule it then follows.",
     "optimizer.normalise": "spectral: updates divided by their largest singular value, with that lr rule.",
     "optimizer.betas": "AdamW's two decay rates, also where it stands in for another optimizer.",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mupx.checks.curvature_orders import BESIDE_EPS, ORDERS, RIDGES, SIZES
+from mupx.checks.curvature_orders import BESIDE_EPS, ORDERS, RIDGES, SIZES, count
 from mupx.config import Experiment
 from mupx.errors import MismatchError
 from mupx.groups import check_groups
@@ -74,6 +74,7 @@ def examine(
         *_trace_damping(experiment, wide),
         *_ridges(experiment, base, wide),
         *_zero_head(experiment, parameters),
+        *_whitened_noise(experiment, wide),
         *_clipping(experiment),
         *_narrow(experiment, classes),
         *_differences(provenance or {}),
@@ -161,7 +162,9 @@ def _ridges(experiment: Experiment, base: Sequence[Layer], wide: Sequence[Layer]
         for symbol, value, start in _pairs(experiment, layer, narrow):
             if growth == 1 or not (value and start):
                 continue
-            off = math.log(value / start / ORDERS[symbol](layer.r_in, layer.r_out)) / math.log(growth)
+            blocks = count(experiment, layer) / count(experiment, narrow)
+            order = ORDERS[symbol](layer.r_in, layer.r_out, blocks=blocks)
+            off = math.log(value / start / order) / math.log(growth)
             if abs(off) > FLAT and abs(off) > abs(worst.get(symbol, (0.0, ""))[0]):
                 worst[symbol] = (off, layer.name)
     for symbol, (off, name) in worst.items():
@@ -179,8 +182,8 @@ def _pairs(
     experiment: Experiment, layer: Layer, base: Layer
 ) -> Iterator[tuple[str, float | None, float | None]]:
     rule = experiment.optimizer.damping_rule
-    if layer.eps is not None and (symbol := BESIDE_EPS.get(layer.optimizer, "v")):
-        yield symbol, layer.eps, base.eps
+    if layer.eps is not None:
+        yield BESIDE_EPS.get(layer.optimizer, "v"), layer.eps, base.eps
     if rule == "absolute" and layer.optimizer in ONE_BLOCK:
         yield "F", layer.damping_B, base.damping_B
     elif rule == "absolute":
@@ -200,6 +203,23 @@ def _zero_head(experiment: Experiment, parameters: Sequence[Parameter]) -> Itera
             f"{zero[0]} starts at zero under {experiment.optimizer.name}: one step lands on the NNGP "
             "kernel-ridge solution of the frozen features, which do not move (and δ = 0 below it); start "
             "it with std ∝ 1/fan_in",
+        )
+
+
+def _whitened_noise(experiment: Experiment, wide: Sequence[Layer]) -> Iterator[Finding]:
+    """SOAP divides every direction by its own size, also those that earlier gradients had no part in."""
+    optimizer, batch = experiment.optimizer, experiment.train.batch_size
+    if not optimizer.name.startswith("soap") or 0 < optimizer.blocks <= batch:
+        return
+    names = [layer.name for layer in wide if len(layer.shape) == 2 and max(layer.shape) > batch]
+    if names:
+        yield Finding(
+            "whitened-noise",
+            "warning",
+            f"{names[0]} is wider than the batch ({batch} examples; times their positions, where they have "
+            "any): most directions of a gradient then lie outside those that made SOAP's basis, and Adam "
+            "makes them as large as the rest, so the update leaves its order in width from the first steps "
+            "on, also where its size is set otherwise; set optimizer.blocks (at most the batch)",
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mupx.checks import fits
 from mupx.checks.coordinate import Readings
+from mupx.checks.curvature_orders import count
 from mupx.config import Experiment
 from mupx.layers import Layer
 
@@ -89,6 +90,16 @@ class Evidence:
     def grows(self, name: str) -> bool:
         """Whether any dimension of a parameter depends on width."""
         return any(self.exponent(name, ratio) for ratio in ("r_in", "r_out"))
+
+    def blocks(self, name: str) -> float:
+        """Return the exponent of the number of blocks of a parameter."""
+        rows = [
+            (w, count(self.experiment, row))
+            for w in self.widths
+            for row in self.tables[w]
+            if row.name == name
+        ]
+        return fits.power_law(*zip(*rows, strict=True)).value
 
     def exponent(self, name: str, field: str) -> float | None:
         """Return the exponent of one column of the table for a parameter; None where it has none."""

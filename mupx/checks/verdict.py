@@ -74,7 +74,9 @@ def _curvature(evidence: Evidence) -> Iterable[Row]:
             first = next(r for r in evidence.readings.values() if step in r.moved)
             for symbol in first.moved[step].curvature.get(layer.name, {}):
                 order = ORDERS[symbol]
-                expected = order.r_in * fan_in + order.r_out * fan_out
+                expected = (
+                    order.r_in * fan_in + order.r_out * fan_out + order.blocks * evidence.blocks(layer.name)
+                )
                 sizes = _series(evidence, step, lambda m, n=layer.name, s=symbol: m.curvature[n][s][0])
                 start = (layer.name, layer.role)
                 yield from _row(*start, "size", SIZES[symbol], step, sizes, expected, CURVATURE_TOLERANCE)

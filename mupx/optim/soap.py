@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mupx.blocks import blocks_of
+from mupx.blocks import BOTH, blocks_of
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Base, Groups, Scale, adam_direction, finite_or, sort_groups
@@ -92,7 +92,7 @@ class SOAP(Base):
     """
 
     algorithm = "soap"
-    sides: ClassVar[str] = "LR"
+    sides: ClassVar[str] = BOTH
     kept = ("ema", "refresh", "blocks", "max_precond_dim")
 
     def __init__(
@@ -221,9 +221,10 @@ class SOAP(Base):
             state["exp_avg"] = self._blockwise(rotate, state, mean)
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
-        """Return λmax and trace of L and R, the largest over blocks, and the largest √v̂ against eps as ``w``.
+        """Return λmax and trace of L and R, the largest over blocks, and as ``w`` √v̂ against eps.
 
-        In the eigenbasis few entries hold the whole gradient, so it is the largest that eps is added to.
+        In the eigenbasis few entries hold the whole gradient, so it is the largest entry of √v̂ that counts,
+        in root mean square over blocks. With one side rotated the symbol is ``wL`` or ``wR``.
         """
         state = self.state.get(parameter, {})
         if group["algorithm"] != self.algorithm or "exp_avg_sq" not in state:
@@ -236,9 +237,12 @@ class SOAP(Base):
                     max(f(factor).item() for factor in factors) for f in (largest_eigenvalue, trace)
                 )
                 result[side] = Scale(sizes, None, traces)
-        if self.sides == "LR":
-            square = state["exp_avg_sq"].max().item() / (1 - group["betas"][1] ** state["step"])
-            result["w"] = Scale(math.sqrt(square), float(group["eps"]))
+        squares = state["exp_avg_sq"]
+        largest = [squares[block].max().item() for block in blocks_of(squares.shape, self.blocks, self.sides)]
+        square = sum(largest) / len(largest) / (1 - group["betas"][1] ** state["step"])
+        result["w" if self.sides == BOTH else f"w{self.sides}"] = Scale(
+            math.sqrt(square), float(group["eps"])
+        )
         return result
 
 

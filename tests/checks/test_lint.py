@@ -40,6 +40,18 @@ def test_a_right_configuration_has_no_findings(setup: settings.Setup) -> None:
     assert findings(experiment(setup, bias=True)) == {}
 
 
+def test_soap_without_blocks_is_warned_about_where_the_batch_is_smaller_than_a_layer() -> None:
+    soap = ("soap", None, 0.01, 0.01)
+    assert set(findings(experiment(soap))) == {"whitened-noise"}
+    for changes in ({"optimizer__blocks": 64}, {"train__batch_size": WIDEST}):
+        for name in ("soap", "soap-left", "soap-right"):
+            assert findings(experiment((name, *soap[1:]), **changes)) == {}
+    assert findings(experiment(settings.SHAMPOO_ABSOLUTE, optimizer__blocks=32)) == {}
+    # What it warns about: fresh batches of 64, the very first updates.
+    whole, blocked = (slopes(experiment(soap, optimizer__blocks=b), (64, 128, 256)) for b in (0, 64))
+    assert (whole.verdict, blocked.verdict) == ("fail", "pass")
+
+
 def test_pi_damping_is_found_with_its_slope() -> None:
     found = findings(experiment(settings.KFAC_PI))
     assert set(found) == {"pi-damping"}
