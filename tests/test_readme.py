@@ -66,6 +66,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("solvers", "solvers.py", 8),
         ("costs", "cost_model.py", 20),
         ("text", "zoo.py", 4),
+        ("late", "late_drift.py", 9),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):
