@@ -13,7 +13,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,9 +31,11 @@ from pydantic import (
     model_validator,
 )
 
+from mupx import elsewhere
 from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.optim import OPTIMIZERS
 from mupx.refresh import read_refresh
-from mupx.scaling import HOSTS, Role, ScalingRule, WeightDecayMode, find_rule, grafted
+from mupx.scaling import HOSTS, Power, Role, ScalingRule, WeightDecayMode, find_rule, grafted
 from mupx.usercode import HOW, digest, is_reference, label, source_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,6 +67,11 @@ def _plain_refresh(given: object) -> int | str:
     return refresh if isinstance(refresh, int) else str(refresh)
 
 
+def _installed_optimizer(name: str) -> str:
+    """Return what an entry point of another package stands for; mupx's own names come first."""
+    return name if name in OPTIMIZERS or is_reference(name) else elsewhere.installed().get(name, name)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -87,6 +94,12 @@ class DataConfig(_Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+RuleEntry = Annotated[
+    Annotated[str, Tag("name")] | Annotated[ScalingRule, Tag("table")],
+    Discriminator(lambda value: "table" if isinstance(value, (ScalingRule, dict)) else "name"),
+]
+
+
 class OptimizerConfig(_Section):
     """Which optimizer and its structural choices (nothing here is tuned).
 
@@ -103,8 +116,8 @@ class OptimizerConfig(_Section):
     follows the width ``rule`` named here; ``args`` are further arguments of the constructor of any.
     """
 
-    name: str = "kfac"
-    rule: str | ScalingRule | None = None
+    name: Annotated[str, AfterValidator(_installed_optimizer)] = "kfac"
+    rule: RuleEntry | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     damping_rule: str | None = None
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
@@ -144,13 +157,14 @@ class OptimizerConfig(_Section):
     def _own_rule(self) -> ScalingRule:
         if isinstance(self.rule, ScalingRule):
             return self.rule
-        if self.rule is None and is_reference(self.name):
+        known = elsewhere.RULES_OF.get(self.name)
+        if self.rule is None and known is None and is_reference(self.name):
             raise UsageError(
                 f"{self.name} does not say which width rule it follows; add a line to the config: "
                 '[optimizer] rule = "adamw" (or --set optimizer.rule=adamw, or a class attribute `rule`); '
                 "`mupx rules` lists the rules"
             )
-        return find_rule(self.rule or self.name)
+        return find_rule(self.rule or known or self.name)
 
 
 class Hyperparameters(_Section):
@@ -542,6 +556,13 @@ def refuse_difference(what: str, old: Mapping[str, Any], new: Mapping[str, Any],
 
 def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
+    if location[:2] == ["optimizer", "rule"]:
+        del location[2:3]  # whether it is taken for a name or for a table
+        if item["type"] == "unexpected_keyword_argument":
+            known = fields(Power if "lr" in location or "eps" in location else ScalingRule)
+            return _unknown(location[-1], [f.name for f in known], ".".join(location[:-1]))
+        if item["type"] == "missing":
+            return f"{'.'.join(location)} is missing (a rule has at least name, update, lr, source, standing)"
     if item["type"] == "extra_forbidden":
         return _unknown(location[-1], _known_keys(location[:-1]), ".".join(location[:-1]) or "the experiment")
     given = item.get("input")

@@ -19,6 +19,7 @@ from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset
 from mupx.datasets.given import dataset_from
 from mupx.depth import Source, completed, depth_arguments, describe_at_depth
+from mupx.elsewhere import RULES_OF
 from mupx.errors import UsageError
 from mupx.layers import Parameter
 from mupx.models import MODELS
@@ -168,7 +169,7 @@ def with_rule(experiment: Experiment) -> Experiment:
     """
     name = experiment.optimizer.name
     if is_reference(name) and experiment.optimizer.rule is None:
-        stated = getattr(find_optimizer(name), "rule", None)
+        stated = getattr(find_optimizer(name), "rule", None) or RULES_OF.get(name)
         experiment = experiment.updated({"optimizer.rule": stated})
     if not is_reference(name) and experiment.optimizer.rule:
         raise UsageError(f"{name} takes no optimizer.rule: it is for an optimizer of your own")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,14 +19,18 @@ class Registry(Mapping[str, str]):
     Args:
         kind: What an entry is, for error messages ("optimizer", "model", …).
         table: Name → ``"module:attribute"``.
+        more: Names that installed packages add, for error messages; looked up when one is needed.
 
     >>> Registry("number", {"pi": "math:pi"}).load("pi")
     3.141592653589793
     """
 
-    def __init__(self, kind: str, table: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, table: Mapping[str, str], more: Callable[[], Iterable[str]] = tuple
+    ) -> None:
         self.kind = kind
         self._table = dict(table)
+        self._more = more
 
     def __getitem__(self, name: str) -> str:
         try:
@@ -45,7 +49,7 @@ class Registry(Mapping[str, str]):
 
     def unknown(self, name: str) -> UsageError:
         """Return the error for a name that is not in the table, with the nearest one that is."""
-        return unknown_name(self.kind, name, self._table, hint=HOW)
+        return unknown_name(self.kind, name, {*self._table, *self._more()}, hint=HOW)
 
     def load(self, name: str) -> Any:
         """Import and return the object behind ``name``.

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "mupx"
 LEVELS = {
     "mupx.errors": 0,
     "mupx.registry": 0,
+    "mupx.elsewhere": 0,
     "mupx.blame": 0,
     "mupx.usercode": 0,
     "mupx.scaling": 0,

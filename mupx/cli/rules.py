@@ -10,6 +10,7 @@ import typer
 
 from mupx.cli._console import number, print_json, print_table, say
 from mupx.cli._options import Json, require_positive
+from mupx.elsewhere import RULES_OF, installed
 from mupx.scaling import (
     PARAMETRIZATIONS,
     ROLES,
@@ -167,8 +168,12 @@ def _list_rules(json: bool) -> None:
         }
         for rule in RULES.values()
     ]
+    from_elsewhere = [
+        {"name": name, "reference": reference, "rule": RULES_OF.get(reference)}
+        for name, reference in sorted(installed().items())
+    ]
     if json:
-        print_json({"rules": entries})
+        print_json({"rules": entries, "installed": from_elsewhere})
         return
     shown = ("name", "update", "lr", "standing")
     print_table(
@@ -178,3 +183,5 @@ def _list_rules(json: bool) -> None:
         left=len(shown),
         folded=1,
     )
+    for entry in from_elsewhere:
+        say(f"{entry['name']:<14} {entry['reference']}, of an installed package; follows the rule it states")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mupx.elsewhere import installed
 from mupx.registry import Registry
 
 OPTIMIZERS = Registry(
@@ -28,6 +29,7 @@ OPTIMIZERS = Registry(
         "soap-left": "mupx.optim.soap:LeftSOAP",
         "soap-right": "mupx.optim.soap:RightSOAP",
     },
+    more=installed,
 )
 
 
