@@ -15,7 +15,9 @@ optimization speed up training?", ICLR Tiny 2024, table 1) saw. A ``!`` at the e
 written, without that refusal and without the least length; ``10!`` is every 10 steps from the first on.
 
 Statistics (the factors) may be averaged more or less often than what is made of them (inverses, roots) is
-refreshed: ``statistics`` is the interval of the former, None for both at once. An optimizer's state holds
+refreshed: ``statistics`` is the interval of the former, None for both at once. Long intervals want it: after
+a gap much longer than the average's memory of 1/(1 − ema) steps, one batch outweighs all before it
+(benchmarks/poster_refresh.py shows what that does to Shampoo). An optimizer's state holds
 ``step``, ``averaged_at`` and ``refreshed_at``, the steps (from 0) of the last of either.
 """
 
