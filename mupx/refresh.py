@@ -6,8 +6,9 @@
   stays below ``staleness`` times the steps done (:func:`refresh_interval`);
 * a text such as ``10:0.3%,100``, *phases*: every 10 steps until 0.3 % of the training is done, then every
   100. Phases replace the age rule, so ``staleness`` has no say. Ends are fractions, so a proxy and a target
-  of other lengths follow the same schedule. A phase with an end lasts at least ten of its refreshes, or
-  one epoch where that is shorter: 0.3 % of a short run is no step at all;
+  of other lengths follow the same schedule. A phase with an end lasts at least 20 of its refreshes, or one
+  epoch where that is shorter: 0.3 % of a short run is no step at all, and fewer than 10 to 20 refreshes at
+  the start fail (benchmarks/poster_refresh.py);
 * a function ``step -> interval`` (steps from 0), for an optimizer that is built in Python.
 
 A first phase below 0.1 % of the training is refused, for what Ishikawa & Yokota ("When does second-order
@@ -37,7 +38,7 @@ from mupx.errors import UsageError
 Refresh = int | Callable[[int], int]
 
 LEAST = Fraction(1, 10)  # per cent of the training that the first phase must last
-FLOOR = 10  # refreshes that a phase with an end lasts at least
+FLOOR = 20  # refreshes that a phase with an end lasts at least
 PHASE = re.compile(r"(\d+)(?::(\d+\.?\d*|\.\d+)%)?")
 FORMS = (
     "a whole number of steps ≥ 1, or phases such as '10:0.3%,100' (every 10 steps until 0.3 % of the "

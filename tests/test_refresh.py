@@ -64,14 +64,14 @@ def test_phases_are_fractions_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("text", "steps", "epoch", "ends"),
     [
-        ("10:0.3%,100", 1000, None, (100,)),  # ten refreshes, as 0.3 % are three steps
+        ("10:0.3%,100", 1000, None, (200,)),  # twenty refreshes, as 0.3 % are three steps
         ("10:0.3%,100", 1000, 39, (39,)),  # or one epoch, where that is shorter
-        ("10:0.3%,100", 1000, 500, (100,)),
+        ("10:0.3%,100", 1000, 500, (200,)),
         ("10:0.3%,100", 10**6, 500, (3000,)),
         ("10:0.3%,100!", 1000, 500, (3,)),  # as it is written
         ("10:0%,100!", 1000, 500, (0,)),
-        ("1:1%,10:10%,100", 2000, None, (20, 200)),
-        ("1:1%,10:10%,100", 200, None, (10, 110)),  # each phase has its least length
+        ("1:1%,10:10%,100", 4000, None, (40, 400)),
+        ("1:1%,10:10%,100", 200, None, (20, 220)),  # each phase has its least length
         ("1:33.3%,10", 1000, None, (333,)),  # 33.3 % of 1000 is 333 in decimals, not a little more
     ],
 )
