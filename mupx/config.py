@@ -51,6 +51,7 @@ OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "lion": {"optimizer": {"betas": (0.9, 0.99)}},
     "muon": {"hyperparameters": {"momentum": 0.95, "eps": 1e-7}},
     "psgd": {"hyperparameters": {"momentum": 0.9}},
+    **{name: {"optimizer": {"betas": (0.95, 0.95)}} for name in ("soap", "soap-left", "soap-right")},
 }
 
 

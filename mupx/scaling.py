@@ -323,7 +323,13 @@ RULES: Mapping[str, ScalingRule] = {
             kinds=PRODUCTS,
         ),
         ScalingRule(
-            "psgd-newton", "|H|^-1 G, Newton fit", ONE, "derived", "derived", kinds=MATRICES, degree=-1
+            "psgd-newton",
+            "|H|^-1 G, Newton fit",
+            Power(depth=-1),
+            "derived",
+            "derived",
+            kinds=MATRICES,
+            degree=-1,
         ),
         whole_block("gauss-newton", "(JᵀJ + ρ)^-1 G, layer-wise", "derived"),
         # Every ridge follows its own block, which makes one order of all of them: a = (-½, 0, ½) in the

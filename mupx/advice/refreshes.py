@@ -23,7 +23,7 @@ class Phases:
         later: Steps between refreshes after the first phase.
         least: Steps of 0.1 % of the training, below which runs failed.
         safe: Steps of 0.3 %, safe for every later interval tried.
-        first: Steps the first phase has here: not less than ten refreshes or one epoch.
+        first: Steps the first phase has here: not less than twenty refreshes or one epoch.
         refreshes: Refreshes in the whole run.
     """
 

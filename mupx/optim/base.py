@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.optim: imports the compiler when first needed
 
 from mupx.errors import UsageError
 from mupx.gradients import all_finite, name_in, require_dense, require_real
@@ -150,6 +151,9 @@ class Base(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    # Traced as a part of a compiled function, updates of single parameters went wrong once torch had
+    # recompiled too often; a step that looks at its gradients is broken into many graphs in any case.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one step; ``closure`` re-evaluates the model and returns the loss.

@@ -37,11 +37,11 @@ def test_phases_are_counted_over_the_run():
 
 def test_one_epoch_bounds_the_first_phase_of_a_short_run():
     assert recommended(1000, epoch=40).first == 40
-    assert recommended(1000, epoch=4000).first == 100
+    assert recommended(1000, epoch=4000).first == 200
 
 
-def test_a_short_run_keeps_at_least_ten_refreshes_in_the_first_phase():
-    assert (recommended(1000).safe, recommended(1000).first) == (3, 100)
+def test_a_short_run_keeps_at_least_twenty_refreshes_in_the_first_phase():
+    assert (recommended(1000).safe, recommended(1000).first) == (3, 200)
     assert recommended(50).first == 50
     assert recommended(50).refreshes == 5
     assert recommended(1).refreshes == 1
