@@ -12,16 +12,31 @@ from mupx.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 CAPTURED = {"capture_output": True, "text": True, "check": True}
 TABLE = re.compile(r"^\| (?:adamw|kfac|sgd|shampoo) .*$", re.M)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_every_linked_file_exists(link):
-    assert (ROOT / link).is_file()
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:mupx|benchmarks|examples)/[\w/]+\.\w+", README))))
+@pytest.mark.parametrize(
+    ("page", "link", "anchor"),
+    [("README.md", *found) for found in LINK.findall(README)]
+    + [("benchmarks/README.md", *found) for found in LINK.findall(MEASURED)],
+)
+def test_every_linked_file_and_section_exists(page, link, anchor):
+    target = (ROOT / page).parent / link if link else ROOT / page
+    assert target.is_file()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+NAMED = re.findall(r"(?:mupx|benchmarks|examples)/[\w/]+\.\w+", README + MEASURED)
+
+
+@pytest.mark.parametrize("path", sorted(set(NAMED)))
 def test_every_named_file_exists(path):
     assert (ROOT / path).is_file()
 
@@ -49,8 +64,8 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
     ]
     ended = subprocess.run(command, **CAPTURED)
     printed = [_numbers(row) for row in TABLE.findall(ended.stdout)]
-    stated = TABLE.findall(_section("transfer"))
-    assert stated
+    stated = [row for page in (README, MEASURED) for row in TABLE.findall(_section("transfer", page))]
+    assert len(stated) > 40
     for row in stated:
         assert any(set(_numbers(row)) <= set(full) for full in printed), row
 
@@ -73,7 +88,8 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--table"]
     printed = [_numbers(row) for row in subprocess.run(command, **CAPTURED).stdout.splitlines()]
-    stated = [row for row in _section(section).splitlines() if row.startswith("|")][2:]
+    pages = [page for page in (README, MEASURED) if f"<!-- {section} -->" in page]
+    stated = [row for page in pages for row in _rows(_section(section, page))]
     assert len(stated) >= least
     for row in stated:
         assert any(set(_numbers(row)) <= set(full) for full in printed), row
@@ -92,5 +108,13 @@ def _numbers(row):
     return [cell.strip() for cell in row.split("|")]
 
 
-def _section(name):
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S)[1]
+def _rows(text):
+    """Return the rows of every table in a text, without the heads."""
+    lines = text.splitlines()
+    rules = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    heads = {*rules, *(i - 1 for i in rules)}
+    return [line for i, line in enumerate(lines) if line.startswith("|") and i not in heads]
+
+
+def _section(name, page):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.S)[1]
