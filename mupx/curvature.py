@@ -94,6 +94,14 @@ class FactorSums:
     outputs: Tensor | None = None
     output_count: Tensor | float = 0.0
 
+    def takes(self, rows: int) -> bool:
+        """Announce the N·T rows of one more pass and return whether they are wanted; asked before unfolding.
+
+        Args:
+            rows: N·T.
+        """
+        return True
+
     def add_inputs(self, rows: Tensor, mask: Tensor | None) -> None:
         """Add Σ h hᵀ over the rows ``[N, T, d_in]`` that ``mask`` ([N, T] or [N, 1]) keeps."""
         flat = rows.flatten(0, 1)
@@ -146,13 +154,24 @@ class FactorRows(FactorSums):
 
     With fewer rows than units both the factors and the gradient are products of thin matrices, and
     everything K-FAC and Shampoo do with them is cheaper before they are multiplied out. Where only the
-    gradient is wanted (``summed`` False), too many rows are dropped.
+    gradient is wanted (``summed`` False), too many rows are not taken: the rows of some passes alone are of
+    no use, and for a convolution laying them out costs more than the step.
     """
 
     limit: int = 0
     summed: bool = True
+    announced: int = 0
     h: list[Tensor] = field(default_factory=list)
     delta: list[Tensor] = field(default_factory=list)
+
+    def takes(self, rows: int) -> bool:
+        """Count the rows, and drop what there is when only the gradient is wanted and they are too many."""
+        self.announced += rows
+        if self.summed or self.announced <= self.limit:
+            return True
+        self.h.clear()
+        self.delta.clear()
+        return False
 
     def _keep_inputs(self, rows: Tensor) -> None:
         self._keep(self.h, rows, super()._keep_inputs, self.inputs)
@@ -260,11 +279,13 @@ class EagerCapture:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not output.requires_grad:
+            layer = self._layers[name]
+            # A layer's rows are as many as its outputs have positions: known without unfolding its input.
+            if not output.requires_grad or not self._sums[name].takes(output.numel() // len(layer.weight)):
                 return
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
-                rows = input_rows(module, args[0].detach().to(self._layers[name].weight.dtype))
+                rows = input_rows(module, args[0].detach().to(layer.weight.dtype))
                 terms = rows.shape[0] if self._terms is None else self._terms
                 if name not in self._counted:
                     self._counted.add(name)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupx import curvature
 from mupx.curvature import FactorRows
 from mupx.linalg import add_ridge
 from mupx.optim.base import Base
@@ -247,6 +248,83 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FactorRows, "gradient", counted)
     run("kfac trace", "auto")
     assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
+
+
+# Rows of one pass, and the limit max(d_out, d_in): 4·6·6 above 18 for the first layer, 4 below 288 and 12.
+LONG, SHORT, READ_OUT = "8x18", "12x288", "3x12"
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 12, 6), nn.Flatten(), nn.Linear(12, 3)
+    )
+    return layers.double()
+
+
+def unfolded(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Sequential, list[set[str]]]:
+    """Train on images; also return the layers whose inputs were laid out as rows, step by step."""
+    steps: list[set[str]] = []
+    true = curvature.input_rows
+
+    def counted(layer: nn.Module, h: Tensor) -> Tensor:
+        steps[-1].add("x".join(map(str, layer.weight.flatten(1).shape)))  # type: ignore[operator]
+        return true(layer, h)
+
+    monkeypatch.setattr(curvature, "input_rows", counted)
+    model = conv_net()
+    optimizer = OPTIMIZERS[name](model, "auto")
+    for step in range(5):
+        steps.append(set())
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(BATCH, 2, 6, 6, generator=generator, dtype=torch.double)
+        y = torch.randint(0, 3, (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        with optimizer.curvature(y):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    monkeypatch.setattr(curvature, "input_rows", true)
+    return model, steps
+
+
+# K-FAC's statistics are due at steps 0, 1 and 4; between them its read-out is too small to pay.
+EVERY = {LONG, SHORT, READ_OUT}
+EXPECTED = {
+    "shampoo relative": [{SHORT, READ_OUT}] * 5,
+    "kfac trace": [EVERY, EVERY, {SHORT}, {SHORT}, EVERY],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_inputs_with_too_many_rows_for_a_thin_gradient_are_not_unfolded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps = unfolded(name, monkeypatch)
+    assert steps == EXPECTED[name]
+    monkeypatch.setattr(FactorRows, "takes", lambda self, rows: True)  # unfolded, then dropped
+    other, every = unfolded(name, monkeypatch)
+    assert every == [{LONG, *layers} for layers in steps]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("passes", "kept"), [(2, 12), (4, 0)])
+def test_the_rows_of_micro_batches_are_kept_while_they_are_few_enough_together(
+    passes: int, kept: int
+) -> None:
+    layer = nn.Linear(12, 3).double()
+    rows = FactorRows(limit=12, summed=False)
+    x = torch.randn(6 * passes, 12, generator=rng(), dtype=torch.double)
+    for inputs in x.split(6):
+        with curvature.EagerCapture({"layer": layer}, {"layer": rows}):
+            layer(inputs).square().sum().backward()
+    assert [sum(map(len, kind)) for kind in (rows.h, rows.delta)] == [kept, kept]
+    assert layer.weight.grad is not None
+    thin = rows.gradient(layer.weight.grad)
+    if kept:
+        assert thin is not None
+        torch.testing.assert_close(thin[0].mT @ thin[1], layer.weight.grad)
+    else:  # those of the last pass alone are of no use, and were not taken
+        assert thin is None
 
 
 @pytest.mark.parametrize("name", ["kfac absolute", "foof absolute", "shampoo relative"])
