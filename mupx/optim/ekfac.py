@@ -57,6 +57,9 @@ class EKFAC(Kronecker):
         staleness: Largest age of both as a fraction of the steps done; what decides early on.
         ema: Decay per step of the running averages (0: the current batch only).
         momentum: Heavy-ball momentum on the preconditioned update.
+        graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
+            (see :mod:`mupx.update_norm`).
+        normalise: ``spectral`` divides the update by its largest singular value; or ``none``.
         fallback_lr: AdamW's learning rate for what EKFAC cannot factor.
         betas: AdamW's betas for the same.
         eps: AdamW's eps for the same.
@@ -81,6 +84,8 @@ class EKFAC(Kronecker):
         staleness: float = 0.05,
         ema: float = 0.95,
         momentum: float = 0.0,
+        graft: str = "none",
+        normalise: str = "none",
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -92,6 +97,8 @@ class EKFAC(Kronecker):
             "lr": lr,
             "damping_B": split_ridge(damping, 1.0)[1],
             "momentum": momentum,
+            "graft": graft,
+            "normalise": normalise,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,

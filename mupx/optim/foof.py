@@ -56,6 +56,9 @@ class FOOF(Kronecker):
         ema: Decay per step of the running average of A (0: the current batch only).
         solver: ``dense``, ``low-rank`` or ``auto``, as for K-FAC.
         momentum: Heavy-ball momentum on the preconditioned update.
+        graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
+            (see :mod:`mupx.update_norm`).
+        normalise: ``spectral`` divides the update by its largest singular value; or ``none``.
         fallback_lr: AdamW's learning rate for what FOOF cannot factor.
         betas: AdamW's betas for the same.
         eps: AdamW's eps for the same.
@@ -82,6 +85,8 @@ class FOOF(Kronecker):
         ema: float = 0.95,
         solver: str = "auto",
         momentum: float = 0.0,
+        graft: str = "none",
+        normalise: str = "none",
         fallback_lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -92,6 +97,8 @@ class FOOF(Kronecker):
             "lr": lr,
             "damping_A": split_ridge(damping, 1.0)[0],
             "momentum": momentum,
+            "graft": graft,
+            "normalise": normalise,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
