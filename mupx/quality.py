@@ -15,6 +15,9 @@ the curvature along the step would have allowed a longer one.
 δθ is the whole step, with momentum and weight decay, at the length it was taken: where the loss is no
 quadratic, another lr gives another c. A layer's δg contains what other layers' steps did to its gradient: a
 block-diagonal P cannot know that, and c says what it costs.
+
+P is taken without the factor by which a graft or a normalisation (:mod:`mupx.update_norm`) changes the size
+of an update: a tensor's c does not depend on it, but its ``best_scale`` and the c of all together do.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
+from mupx.optim.ekfac import EKFAC
+from mupx.optim.foof import FOOF
 from mupx.optim.kfac import KFAC
 from mupx.optim.sgd import SGD
 from mupx.optim.shampoo import Shampoo
@@ -35,6 +37,11 @@ FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "kfac exact": ("kfac", 5, {"damping": 0.1, "damping_rule": "exact"}),
     "kfac columns": ("kfac", 520, {"damping": 0.1, "solver": "low-rank"}),
     "kfac Cholesky": ("kfac", 520, {"damping": 0.1, "statistics": 1, "refresh": 1}),
+    "foof": ("foof", 5, {"damping": 0.1}),
+    "foof absolute": ("foof", 5, {"damping": 0.1, "damping_rule": "absolute"}),
+    "foof columns": ("foof", 520, {"damping": 0.1, "solver": "low-rank"}),
+    "ekfac": ("ekfac", 5, {"damping": 0.1}),
+    "ekfac absolute": ("ekfac", 5, {"damping": 0.1, "damping_rule": "absolute"}),
     "shampoo": ("shampoo", 5, {"damping": 0.1}),
     "shampoo absolute": ("shampoo", 5, {"damping": 0.1, "damping_rule": "absolute"}),
     "shampoo blocks": ("shampoo", 5, {"damping": 0.1, "blocks": 3}),
@@ -97,6 +104,7 @@ def test_the_forms_are_the_ones_meant() -> None:
     assert "gain_A" in keys["kfac columns"]
     assert "cholesky_B" in keys["kfac Cholesky"]
     assert "inner_bias" in keys["kfac exact"]
+    assert "gain_A" in keys["foof columns"]
     assert "gain_L0" in keys["shampoo columns"]
     assert "root_R1" in keys["shampoo blocks"]
 
@@ -168,14 +176,14 @@ def linear_regression(optimizer_of: Any) -> float:
     return float(watch.found["curvature"]["weight"]["c"])
 
 
-def test_kfac_has_the_curvature_of_least_squares_and_others_have_not() -> None:
-    def kfac(damping: float) -> Any:
-        return lambda m: KFAC(
-            m.named_parameters(), m, 0.1, damping=damping, damping_rule="absolute", fisher="exact",
-            loss="squared_error",
-        )  # fmt: skip
+@pytest.mark.parametrize("kind", [KFAC, FOOF, EKFAC])
+def test_what_has_the_curvature_of_least_squares_has_c_one_and_others_have_not(kind: Any) -> None:
+    def made_with(damping: float) -> Any:
+        fisher = {} if kind is FOOF else {"fisher": "exact"}
+        options = {"damping": damping, "damping_rule": "absolute", "loss": "squared_error", **fisher}
+        return lambda m: kind(m.named_parameters(), m, 0.1, **options)
 
-    exact, damped = linear_regression(kfac(1e-9)), linear_regression(kfac(1.0))
+    exact, damped = linear_regression(made_with(1e-9)), linear_regression(made_with(1.0))
     sgd = linear_regression(lambda m: SGD(m.named_parameters(), 1e-3))
     shampoo = linear_regression(lambda m: Shampoo(m.named_parameters(), 1e-3))
     assert exact == pytest.approx(1.0, abs=1e-6)
@@ -207,7 +215,9 @@ def test_a_layer_whose_factor_is_zero_has_no_c_and_the_others_have() -> None:
 # Spectra
 
 
-@pytest.mark.parametrize("form", ["kfac trace", "kfac exact", "shampoo", "shampoo blocks", "kfac columns"])
+@pytest.mark.parametrize(
+    "form", ["kfac trace", "kfac exact", "kfac columns", "foof", "shampoo", "shampoo blocks"]
+)
 def test_condition_numbers_are_those_of_the_damped_factors(form: str) -> None:
     model, optimizer = made(form)
     train(model, optimizer, batches(3, DOUBLE))
@@ -229,6 +239,21 @@ def test_condition_numbers_are_those_of_the_damped_factors(form: str) -> None:
         assert found[symbol]["condition"] == pytest.approx(condition, rel=1e-4)
         assert found[symbol]["damping"] == pytest.approx(rho / float(eigenvalues.max()), rel=1e-4)
     assert ("AB" in found) == (form == "kfac exact")
+
+
+def test_ekfacs_condition_number_is_that_of_its_damped_moments() -> None:
+    model, optimizer = made("ekfac")
+    train(model, optimizer, batches(3, DOUBLE))
+    weight, group = next((p, g) for p, g in entries(optimizer) if p is model[0].weight)
+    S, found = optimizer.state[weight]["S"], spectra(optimizer, weight, group)["F"]
+    rho = 0.1 * float(S.sum())
+    assert found["lambda_max"] == pytest.approx(float(S.max()))
+    assert found["condition"] == pytest.approx(float((S.max() + rho) / (S.min() + rho)))
+    # As an operator: P from largest to smallest over its image of every unit vector.
+    images = [optimizer.precondition(weight, e.view_as(weight), group) for e in torch.eye(30, dtype=DOUBLE)]
+    P = torch.stack([image.flatten() for image in images if image is not None])
+    values = torch.linalg.eigvalsh((P + P.mT) / 2)
+    assert found["condition"] == pytest.approx(float(values.max() / values.min()))
 
 
 # Runs
@@ -294,7 +319,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in report.read_metrics(folder) if "curvature" in entry]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "kfac", "shampoo"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "kfac", "foof", "ekfac", "shampoo"])
 def test_a_run_is_the_same_to_the_last_bit_with_and_without(name: str, tmp_path: Path) -> None:
     data, momentum = toy_data(), {"hyperparameters.momentum": 0.0 if name == "adamw" else 0.5}
     finals = {}
@@ -307,6 +332,18 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without(name: str, tmp_path:
     for every in (1, 5):
         assert finals[every].keys() == finals[None].keys()
         assert all(torch.equal(finals[every][key], finals[None][key]) for key in finals[None])
+
+
+@pytest.mark.parametrize("name", ["kfac", "foof", "ekfac"])
+def test_every_layer_of_a_layerwise_optimizer_has_a_c(name: str, tmp_path: Path) -> None:
+    changes = {"train.curvature_every": 4, "train.accumulate": 1}
+    train_experiment(experiment(name, **changes), data=toy_data(), run_dir=tmp_path / "run")
+    assert len(measured(tmp_path / "run")) == 3
+    for entry in measured(tmp_path / "run"):
+        # The norm follows, so a bias before it does nothing: its gradient is rounding.
+        named = {key: found["c"] for key, found in entry["curvature"].items() if key != "first.bias"}
+        assert all(c >= 1 for c in named.values()), named
+        assert entry["curvature_c"] >= 1
 
 
 @pytest.mark.parametrize("forgotten", [None, "_set_random_state", "_set_buffers"])

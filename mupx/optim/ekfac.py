@@ -32,7 +32,7 @@ from mupx.linalg import Scalar, eigh
 from mupx.losses import Loss
 from mupx.optim.base import Groups, Refresh, Scale, finite_or, running_average, split_ridge
 from mupx.optim.kronecker import Kronecker
-from mupx.preconditioning import precondition, precondition_bias
+from mupx.preconditioning import Solver, precondition, precondition_bias, undo, undo_bias
 from mupx.samples import SampleRows, bias_gradients, squares, turned
 
 
@@ -174,27 +174,54 @@ class EKFAC(Kronecker):
         damped = state[key] + self._ridge(state[key], group["damping_B"])
         return torch.where((state["usable"] > 0) & (damped > 0), 1 / damped, 0.0)
 
+    def _solver(self, weight: Tensor, key: str, group: dict[str, Any]) -> Solver:
+        """Return the bases and the gain between them for ``S`` or ``s``."""
+        state = self.state[weight]
+        bases = {name: state[name] for name in ("vectors_A", "vectors_B")}
+        return {**bases, "inner" if key == "S" else "inner_bias": self._gain(weight, key, group)}
+
     def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Q_B [(Q_Bᵀ G Q_A) / (S + ρ)] Q_Aᵀ."""
-        state = self.state[weight]
-        if "S" not in state:
+        if "S" not in self.state[weight]:
             return torch.zeros_like(gradient)
-        bases = {key: state[key] for key in ("vectors_A", "vectors_B")}
-        return precondition(gradient, {**bases, "inner": self._gain(weight, "S", group)})
+        return precondition(gradient, self._solver(weight, "S", group))
 
     def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Q_B [(Q_Bᵀ g) / (s + ρ)]."""
-        state = self.state[weight]
-        if "s" not in state:
+        if "s" not in self.state[weight]:
             return torch.zeros_like(gradient)
-        gain = self._gain(weight, "s", group)
-        return precondition_bias(gradient, {"vectors_B": state["vectors_B"], "inner_bias": gain})
+        return precondition_bias(gradient, self._solver(weight, "s", group))
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return the largest second moment, its ridge and their sum, as ``F``."""
-        weight = self._owned(parameter)
-        moments = self.state.get(weight, {}).get("S" if weight is parameter else "s")
-        if group["algorithm"] != self.algorithm or moments is None:
+        moments = self._own_moments(parameter, group)
+        if moments is None:
             return super().scales(parameter, group)
         ridge = self._ridge(moments, group["damping_B"])
         return {"F": Scale(moments.max().item(), ridge.item(), moments.sum().item())}
+
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return the smallest second moment."""
+        moments = self._own_moments(parameter, group)
+        return {} if moments is None else {"F": moments.min().item()}
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v in the last eigenbases; a bias's P is its layer's B side with s."""
+        if group["algorithm"] != self.algorithm:
+            return super().precondition(parameter, vector, group, inverse=inverse)
+        if self._own_moments(parameter, group) is None:
+            return None
+        weight = self._owned(parameter)
+        if weight is not parameter:
+            solver = self._solver(weight, "s", group)
+            return undo_bias(vector, solver) if inverse else precondition_bias(vector, solver)
+        solver, flat = self._solver(weight, "S", group), vector.flatten(1)
+        return (undo(flat, solver) if inverse else precondition(flat, solver)).view_as(vector)
+
+    def _own_moments(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """Return a weight's S or a bias's s, once there is one."""
+        weight = self._owned(parameter)
+        state = self.state.get(weight, {}) if group["algorithm"] == self.algorithm else {}
+        return state.get("S" if weight is parameter else "s")

@@ -24,11 +24,13 @@ from mupx.preconditioning import (
     Factor,
     Solver,
     damped_side,
+    least_of,
     ridge_of,
     side_of,
     size_of,
     times,
     trace_of,
+    undo_side,
 )
 
 
@@ -147,3 +149,23 @@ class FOOF(Kronecker):
             return super().scales(parameter, group)
         ridge = ridge_of(A, group["damping_A"], self.damping_rule).item()
         return {"A": Scale(size_of(A).item(), ridge, trace_of(A).item())}
+
+    def least(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """Return λmin of A; nothing for a bias."""
+        state = self.state.get(parameter, {})
+        present = self.scales(parameter, group).keys() & set(self.sides)
+        return {side: least_of(factor_in(state, side) or state[side]).item() for side in present}
+
+    def precondition(
+        self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
+    ) -> Tensor | None:
+        """Return P v or P⁻¹ v with the last solver; a bias's P is the identity."""
+        if group["algorithm"] != self.algorithm:
+            return super().precondition(parameter, vector, group, inverse=inverse)
+        if id(parameter) not in self._layers:
+            return vector.clone()
+        state = self.state.get(parameter, {})
+        if "refreshed_at" not in state:
+            return None
+        flat, side = vector.flatten(1), side_of(state, "A")
+        return (undo_side(side, flat.mT).mT if inverse else times(flat, side)).view_as(vector)
