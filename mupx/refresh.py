@@ -17,8 +17,8 @@ written, without that refusal and without the least length; ``10!`` is every 10 
 
 Statistics (the factors) may be averaged more or less often than what is made of them (inverses, roots) is
 refreshed: ``statistics`` is the interval of the former, None for both at once. Long intervals want it: after
-a gap much longer than the average's memory of 1/(1 − ema) steps, one batch outweighs all before it
-(benchmarks/poster_refresh.py shows what that does to Shampoo). An optimizer's state holds
+a gap of more than two memories of the average, 2/(1 − ema) steps, one batch outweighs all before it
+(:func:`forgets`; benchmarks/poster_refresh.py shows what that does to Shampoo). An optimizer's state holds
 ``step``, ``averaged_at`` and ``refreshed_at``, the steps (from 0) of the last of either.
 """
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -39,6 +39,7 @@ Refresh = int | Callable[[int], int]
 
 LEAST = Fraction(1, 10)  # per cent of the training that the first phase must last
 FLOOR = 20  # refreshes that a phase with an end lasts at least
+FORGOTTEN = 2  # memories of 1/(1 − ema) steps after which a running average is in effect its last batch
 PHASE = re.compile(r"(\d+)(?::(\d+\.?\d*|\.\d+)%)?")
 FORMS = (
     "a whole number of steps ≥ 1, or phases such as '10:0.3%,100' (every 10 steps until 0.3 % of the "
@@ -178,6 +179,38 @@ def refresh_interval(step: int, refresh: Refresh, staleness: float) -> int:
     if not isinstance(interval, int) or interval < 1:
         raise UsageError(f"refresh({step}) returned {interval!r}; it must return a whole number of steps ≥ 1")
     return interval
+
+
+def refresh_steps(interval: Callable[[int], int], steps: int) -> Iterator[int]:
+    """Yield the steps at which a run refreshes, where curvature may serve ``interval(step)`` steps."""
+    last = 0
+    for step in range(steps):
+        if step == 0 or step - last >= interval(step):
+            last = step
+            yield step
+
+
+def longest_gap(interval: Callable[[int], int], statistics: int | None, steps: int) -> int:
+    """Return the most steps between two averagings of a run; 0 where there is only one.
+
+    >>> longest_gap(Intervals(ends=(30,), intervals=(10, 100)), None, steps=1000)
+    100
+
+    Args:
+        interval: Step → steps until the next refresh.
+        statistics: Interval of the statistics, None where they are averaged at refreshes.
+        steps: Steps of the run.
+    """
+    averaging = refresh_steps(interval if statistics is None else lambda _: statistics, steps)
+    return max((b - a for a, b in pairwise(averaging)), default=0)
+
+
+def forgets(gap: int, ema: float) -> bool:
+    """Whether an average is in effect its last batch: ``gap`` steps between averagings exceed 2/(1 − ema).
+
+    The last batch then weighs more than 1 − e⁻² = 86 %. With an ``ema`` of 0 that is what was asked for.
+    """
+    return ema > 0 and round(gap * (1 - ema), 9) > FORGOTTEN
 
 
 def is_stale(state: Mapping[str, Any], refresh: Refresh, staleness: float) -> bool:

@@ -16,7 +16,7 @@ from mupx.optim.base import Base
 from mupx.parametrization import build_optimizer, resolved
 from mupx.parts import describe as describe_experiment
 from mupx.recipe import Recipe, read
-from mupx.refresh import Intervals, Schedule, parse_refresh, refresh_interval
+from mupx.refresh import Intervals, Schedule, forgets, longest_gap, parse_refresh, refresh_interval
 from mupx.roles import describe
 from mupx.training import Run, load_data
 from tests.factories import mlp3, small_mlp
@@ -44,6 +44,38 @@ def test_under_the_age_rule_refreshes_thin_out() -> None:
     assert gaps[0] == 1
     assert gaps[-1] == 10
     assert gaps == sorted(gaps)
+
+
+@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+@pytest.mark.parametrize(
+    ("refresh", "statistics", "steps", "gap"),
+    [
+        (7, None, 40, 7),
+        (100, None, 40, 16),  # the age rule with a staleness of a half: at 0, 1, 2, 4, 8, 16 and 32
+        (Intervals((10,), (2, 9)), None, 40, 9),
+        (Intervals((10,), (2, 90)), None, 40, 2),  # refreshed once in ten steps and never again
+        (7, 3, 40, 3),
+        (2, 11, 40, 11),
+        (7, 50, 40, 0),
+    ],
+)
+def test_the_longest_gap_between_averagings_is_the_optimizers(
+    name: str, refresh: Any, statistics: int | None, steps: int, gap: int
+) -> None:
+    model = small_mlp()
+    optimizer = make(name, model, refresh=refresh, statistics=statistics, staleness=0.5)
+    averaged = []
+    for data in batches(steps):
+        train(model, optimizer, [data])
+        averaged.append(optimizer.state[model[0].weight]["averaged_at"])
+    found = longest_gap(lambda step: refresh_interval(step, refresh, 0.5), statistics, steps)
+    assert found == gap == max((b - a for a, b in pairwise(sorted(set(averaged)))), default=0)
+
+
+def test_an_average_forgets_after_more_than_two_memories() -> None:
+    assert [forgets(gap, 0.95) for gap in (1, 20, 40, 41, 100)] == [False, False, False, True, True]
+    assert [forgets(gap, 0.9) for gap in (20, 21)] == [False, True]
+    assert not forgets(1000, 0.0)  # the last batch alone is what was asked for
 
 
 def test_phases_are_fractions_of_the_run() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from mupx import parts
-from mupx.advice.choosing import about_memory, about_refreshes, first_choice
+from mupx.advice.choosing import SECOND, about_memory, about_refreshes, first_choice
 from mupx.advice.estimates import Estimate, estimate, not_modelled
 from mupx.advice.measuring import rates_of
 from mupx.advice.network import Network, network_of, outline
 from mupx.advice.rates import Rates
-from mupx.advice.refreshes import recommended
+from mupx.advice.refreshes import Phases, recommended
 from mupx.advice.result import Advice
 from mupx.advice.statements import (
     DERIVED,
@@ -27,7 +27,7 @@ from mupx.advice.statements import (
     not_transferred,
     pays,
 )
-from mupx.checks.lint import examine
+from mupx.checks.lint import examine, forgotten
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
 from mupx.datasets.facts import FACTS, Facts
@@ -104,14 +104,16 @@ def advise(
     epoch = sizes.examples // sizes.batch_size
     known = (curved.step, curved.refresh) if curved else (None, None)
     phases = recommended(sizes.steps, *known, epoch)
+    second = curved.optimizer if curved else SECOND[0]
     statements = [
         *pays(sizes),
         *reasons,
         *about_refreshes(phases, sizes, curved),
+        *_forgotten(experiment, second, phases, sizes),
         *extra,
         *about_memory(estimates, free, where),
         *not_transferred(experiment, sizes, tuned),
-        *_lint(experiment, parameters, facts.classes),
+        *_lint(experiment, parameters, facts),
         *iterations(sizes, experiment.optimizer.name, list(OPTIMIZERS)),
     ]
     machine = rates.about if rates is not None and network is not None else {}
@@ -236,14 +238,27 @@ def _free(device: torch.device) -> tuple[float | None, str]:
     return None if free is None else float(free), "main memory"
 
 
-def _lint(experiment: Experiment, parameters: Sequence[Parameter], classes: int) -> Iterator[Statement]:
+def _forgotten(experiment: Experiment, name: str, phases: Phases, sizes: Sizes) -> Iterator[Statement]:
+    """Say of the recommended schedule what the lint says of the configured one."""
+    if any(forgotten(experiment, sizes.examples)):
+        return
+    section = {"name": name, "refresh": phases.notation}
+    advised = experiment.model_copy(update={"optimizer": experiment.optimizer.model_copy(update=section)})
+    for finding in forgotten(advised, sizes.examples):
+        text = f"{name} with {phases.notation}: {finding.text}"
+        yield Statement("refresh", finding.code, "note", text, DERIVED)
+
+
+def _lint(experiment: Experiment, parameters: Sequence[Parameter], facts: Facts) -> Iterator[Statement]:
     if not parameters:
-        return
-    try:
-        found = examine(experiment, parameters, classes, experiment.scaling.width)
-    except MismatchError as error:
-        yield Statement("transfer", "no-whole-shape", "warning", str(error), DERIVED)
-        return
+        found = list(forgotten(experiment, facts.examples))
+    else:
+        try:
+            width = experiment.scaling.width
+            found = examine(experiment, parameters, facts.classes, width, facts.examples)
+        except MismatchError as error:
+            yield Statement("transfer", "no-whole-shape", "warning", str(error), DERIVED)
+            return
     for finding in found:
         source = LINT_SOURCES.get(finding.code, DERIVED)
         level: Level = "note" if finding.level == "note" else "warning"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mupx.config import OptimizerConfig
-from mupx.refresh import Intervals, Schedule, parse_refresh, refresh_interval
+from mupx.refresh import Intervals, Schedule, parse_refresh, refresh_interval, refresh_steps
 
 FREQUENT, SAFE, LEAST = 10, 0.003, 0.001  # steps between refreshes at first; fractions of the training
 LATER = (30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # intervals; no longer one was tried
@@ -83,8 +83,4 @@ def configured_interval(
 
 def count_refreshes(interval: Callable[[int], int], steps: int) -> int:
     """Return the refreshes of a run whose curvature may serve ``interval(step)`` steps at a step."""
-    count = last = 0
-    for step in range(steps):
-        if step == 0 or step - last >= interval(step):
-            count, last = count + 1, step
-    return count
+    return sum(1 for _ in refresh_steps(interval, steps))

@@ -14,12 +14,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mupx.advice.refreshes import configured_interval
 from mupx.checks.curvature_orders import BESIDE_EPS, ORDERS, RIDGES, SIZES, count
 from mupx.config import Experiment
 from mupx.errors import MismatchError
 from mupx.groups import check_groups
 from mupx.layers import Layer, Parameter, derive
-from mupx.training import Run
+from mupx.optim import OPTIMIZERS
+from mupx.parts import find_optimizer, signature
+from mupx.refresh import FORGOTTEN, forgets, longest_gap
+from mupx.training import Run, total_steps
+from mupx.usercode import is_reference
 
 KRONECKER = ("kfac", "foof", "ekfac", "backward-only", "gauss-newton", "gauss-newton-full")
 ONE_BLOCK = ("ekfac", "gauss-newton", "gauss-newton-full")  # one ridge on the whole block of a tensor
@@ -54,6 +59,7 @@ def examine(
     parameters: Sequence[Parameter],
     classes: int,
     widest: int,
+    examples: int,
     provenance: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
     """Check an experiment without training.
@@ -63,6 +69,7 @@ def examine(
         parameters: Its parameters.
         classes: Number of classes of the data.
         widest: Largest width that is to be verified.
+        examples: Number of training examples.
         provenance: Of the recipe, which knows what was overridden.
     """
     base, wide = (
@@ -76,6 +83,7 @@ def examine(
         *_zero_head(experiment, parameters),
         *_whitened_noise(experiment, wide),
         *_clipping(experiment),
+        *forgotten(experiment, examples),
         *_narrow(experiment, classes),
         *_differences(provenance or {}),
     ]
@@ -232,6 +240,36 @@ def _clipping(experiment: Experiment) -> Iterator[Finding]:
             "under μP (the read-out's part), so wherever clipping acts it multiplies every learning rate "
             "by width^-½; leave it out, or clip only what never happens in a healthy run",
             -0.5,
+        )
+
+
+def forgotten(experiment: Experiment, examples: int) -> Iterator[Finding]:
+    """Warn where factors are averaged so seldom that the average is in effect the last batch's.
+
+    Args:
+        experiment: With the steps of the run, or epochs.
+        examples: Number of training examples.
+    """
+    optimizer, steps = experiment.optimizer, total_steps(experiment, examples)
+    kind = find_optimizer(optimizer.name) if is_reference(optimizer.name) else OPTIMIZERS.load(optimizer.name)
+    takes = signature(kind)
+    # Without staleness the average is of every step (SOAP); a sum forgets nothing.
+    if not {"ema", "staleness"} <= takes.keys() or ("accumulate" in takes and optimizer.accumulate == "sum"):
+        return
+    statistics = optimizer.statistics if "statistics" in takes else None
+    interval = configured_interval(optimizer, steps, examples // experiment.train.batch_size)
+    gap, ema = longest_gap(interval, statistics, steps), optimizer.ema
+    if forgets(gap, ema):
+        often = "optimizer.statistics" if "statistics" in takes else "optimizer.refresh"
+        digits = 10 ** (len(str(gap)) + 1)
+        enough = -((FORGOTTEN - gap) * digits // gap) / digits  # 1 − 2/gap, rounded up
+        yield Finding(
+            "forgotten-statistics",
+            "warning",
+            f"up to {gap:,} steps lie between two averagings of the factors, but optimizer.ema {ema:g} "
+            f"remembers 1/(1 − ema) = {1 / (1 - ema):.3g}: a new batch weighs {1 - ema**gap:.1%}, so P is in "
+            f"effect made of the last batch alone; set {often} to at most "
+            f"{math.floor(round(FORGOTTEN / (1 - ema), 6))}, or optimizer.ema to at least {enough:.12g}",
         )
 
 

@@ -85,7 +85,9 @@ def verify(
         derive(parameters, experiment.updated({"scaling.width": width}))
     session = Session(experiment, loaded, parameters, list(widths), list(seeds), run_dir, progress)
     report = Report(experiment, session.widths, list(seeds), storage=session.store.storage)
-    report.findings += examine(experiment, parameters, loaded.classes, widths[-1], provenance)
+    report.findings += examine(
+        experiment, parameters, loaded.classes, widths[-1], len(loaded.train), provenance
+    )
     # The second smallest width already has other multipliers than 1, and fits where the largest may not.
     report.findings += flattened(session.run(experiment.scaling.parametrization, widths[1], seeds[0]))
     if any(finding.level == "error" for finding in report.findings):

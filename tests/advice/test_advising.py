@@ -145,6 +145,19 @@ def test_the_lint_speaks_of_damping_and_width():
     assert {"pi-damping", "unscaled-ridge"}.isdisjoint(codes(advise()))
 
 
+def test_an_average_that_is_one_batch_is_warned_about_where_configured_and_told_where_advised():
+    def found(**settings):
+        advice = advise(**settings)
+        return [(s.topic, s.level) for s in advice.statements if s.code == "forgotten-statistics"]
+
+    assert found(steps=20_000) == [("refresh", "note")]  # the schedule that is advised: every 100 steps
+    assert found(steps=20_000, refresh=41) == [("transfer", "warning")]
+    assert found(steps=20_000, refresh=40, statistics=40) == []
+    # Without a model too.
+    sizes = {"data": "cifar10", "examples": 50_000, "input_shape": None, "classes": None}
+    assert found(steps=20_000, refresh=41, **sizes) == [("transfer", "warning")]
+
+
 def test_a_recipe_is_compared_with_what_it_is_to_be_run_with():
     recipe = mupx.transfer("mlp", 256, base_width=64, optimizer="kfac", lr=0.1, batch_size=64, steps=100)
     same = mupx.advise(recipe, rates=fixed_rates())

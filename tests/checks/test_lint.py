@@ -20,7 +20,8 @@ WIDEST = 1024
 
 def findings(chosen: Experiment, classes: int = 10, provenance: Any = None) -> dict[str, Finding]:
     data = training.load_data(chosen)
-    found = examine(chosen, training.describe(chosen, data), classes, WIDEST, provenance)
+    size = len(data.train)
+    found = examine(chosen, training.describe(chosen, data), classes, WIDEST, size, provenance)
     return {finding.code: finding for finding in found}
 
 
@@ -72,7 +73,7 @@ def test_what_standard_parametrization_leaves_unscaled_is_found(
 ) -> None:
     data = training.load_data(experiment(setup))
     chosen = experiment(setup, scaling__parametrization="sp")
-    found = examine(chosen, training.describe(chosen, data), 10, WIDEST)
+    found = examine(chosen, training.describe(chosen, data), 10, WIDEST, len(data.train))
     matching = [f for f in found if f.code == code and where in f.text]
     assert matching, found
     assert abs(matching[0].slope or 0.0) == pytest.approx(slope)
@@ -102,6 +103,43 @@ def test_the_global_gradient_norm_grows_as_the_lint_says() -> None:
         squares = [p.grad.square().sum() for p in run.model.parameters() if p.grad is not None]
         norms[width] = float(torch.stack(squares).sum().sqrt())
     assert fits.power_law(list(norms), list(norms.values())).value == pytest.approx(0.5, abs=0.15)
+
+
+# Two memories of the default average, 2/(1 − 0.95), are 40 steps.
+SELDOM = {"optimizer__ema": 0.95, "optimizer__staleness": 1.0, "train__steps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("setup", "often"),
+    [
+        (settings.KFAC, "statistics"),
+        (("foof", "trace", 0.05, 0.01), "statistics"),
+        (("ekfac", "trace", 0.05, 0.01), "refresh"),
+        (settings.SHAMPOO, "statistics"),
+    ],
+)
+def test_factors_averaged_too_seldom_for_their_average_are_found(setup: settings.Setup, often: str) -> None:
+    def at(refresh: int | str, **changes: Any) -> dict[str, Finding]:
+        return findings(experiment(setup, **{**SELDOM, "optimizer__refresh": refresh, **changes}))
+
+    assert at(40) == {}
+    found = at(41)
+    assert set(found) == {"forgotten-statistics"}
+    for said in ("41 steps", "= 20:", "87.8%", f"optimizer.{often} to at most 40", "ema to at least 0.952"):
+        assert said in found["forgotten-statistics"].text
+    assert at(41, **{f"optimizer__{often}": 40}) == at(41, optimizer__ema=0.952) == {}
+    assert set(at("10:1%,100")) == {"forgotten-statistics"}
+    # The curvature of the first phase serves to the end; a short run never comes to long intervals.
+    assert at("10:1%,1000") == at(41, train__steps=42) == {}
+
+
+def test_an_average_of_every_step_a_sum_and_the_last_batch_by_choice_are_left_in_peace() -> None:
+    seldom = {**SELDOM, "optimizer__refresh": 100}
+    soap = ("soap", None, 0.01, 0.01)  # averages in every step, whatever the refresh
+    assert findings(experiment(soap, **seldom, optimizer__blocks=64)) == {}
+    assert findings(experiment(settings.SHAMPOO, **seldom, optimizer__accumulate="sum")) == {}
+    assert findings(experiment(settings.SHAMPOO, **{**seldom, "optimizer__ema": 0.0})) == {}
+    assert findings(experiment(settings.ADAMW, **seldom)) == {}
 
 
 def test_a_proxy_narrower_than_the_classes_is_found() -> None:
