@@ -29,6 +29,7 @@ from mupx.blocks import BOTH, blocks_of
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Base, Groups, Scale, adam_direction, finite_or, sort_groups
+from mupx.refresh import Refresh, refresh_interval, require_refresh
 
 
 def rotate(matrix: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
@@ -78,7 +79,8 @@ class SOAP(Base):
         betas: Adam's decay rates, in the eigenbasis and for the fallback.
         eps: Added to √v, in the units of the gradient.
         ema: Decay per step of the running averages L and R (the authors' ``shampoo_beta``).
-        refresh: Interval between updates of the eigenbases, in steps.
+        refresh: Interval between updates of the eigenbases, in steps, or a function step -> interval (of
+            phases: :func:`mupx.refresh.parse_refresh`).
         blocks: Longest block edge (see :mod:`mupx.blocks`); 0 means one block.
         max_precond_dim: Longest side that is rotated; 0 means any. A side that grows with width must not
             cross it: cut it into blocks instead.
@@ -103,7 +105,7 @@ class SOAP(Base):
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         ema: float = 0.95,
-        refresh: int = 10,
+        refresh: Refresh = 10,
         blocks: int = 0,
         max_precond_dim: int = 10_000,
         momentum: float = 0.0,
@@ -113,8 +115,7 @@ class SOAP(Base):
         weight_decay: float = 0.0,
         weight_decay_mode: str = "independent",
     ) -> None:
-        if refresh < 1 or not 0 <= ema < 1:
-            raise UsageError(f"refresh must be ≥ 1 and 0 ≤ ema < 1, got {refresh=}, {ema=}")
+        require_refresh(refresh, 1.0, ema)
         if blocks < 0 or max_precond_dim < 0:
             raise UsageError(
                 f"blocks and max_precond_dim must be ≥ 0 (0: no limit), got {blocks=}, {max_precond_dim=}"
@@ -201,8 +202,9 @@ class SOAP(Base):
 
     def _observe(self, state: dict[str, Any], matrix: Tensor, first: bool) -> None:
         """Take a gradient into L and R, and let the bases follow when that is due."""
-        due = not first and state["step"] % self.refresh == 0
+        due = not first and self._due(state)
         if due:
+            state["refreshed_at"] = state["step"]
             mean = self._blockwise(rotate_back, state, state["exp_avg"])
         for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
             block = matrix[rows, columns]
@@ -219,6 +221,12 @@ class SOAP(Base):
                     state["exp_avg_sq"][rows, columns] = square.index_select("LR".index(side), order)
         if due:
             state["exp_avg"] = self._blockwise(rotate, state, mean)
+
+    def _due(self, state: dict[str, Any]) -> bool:
+        # A number is the authors' interval, from the first step on: no age rule shortens it.
+        step, interval = state["step"], self.refresh
+        interval = interval if isinstance(interval, int) else refresh_interval(step, interval, 1.0)
+        return bool(step - state.get("refreshed_at", 0) >= interval)
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return λmax and trace of L and R, the largest over blocks, and as ``w`` √v̂ against eps.

@@ -15,6 +15,7 @@ from torch import nn
 from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
+from mupx.refresh import parse_refresh
 from mupx.scaling import RULES
 from tests.factories import small_cnn, small_mlp
 from tests.optim.training import CAPTURED, backward, batches, build, make, train
@@ -315,6 +316,24 @@ def test_other_values_out_of_range_are_refused(name: str, options: dict[str, Any
     if key in OPTIMIZERS.load(name).__init__.__code__.co_varnames:
         with pytest.raises(UsageError, match=key):
             make(name, nn.Linear(2, 2), **options)
+
+
+def test_refreshes_follow_a_function_of_the_step_where_there_are_any(name: str) -> None:
+    if "refresh" not in OPTIMIZERS.load(name).__init__.__code__.co_varnames:
+        pytest.skip("has no refreshes")
+
+    def run(refresh: Any) -> nn.Module:
+        model, optimizer = fresh(name, torch.float64, refresh=refresh)
+        train(model, optimizer, batches(8, torch.float64))
+        return model
+
+    phases = parse_refresh("2:50%,4!").over(steps=8)
+    always = run(1)
+    assert same(always, run(lambda step: 1))
+    assert not same(always, run(phases))
+    assert not same(run(lambda step: 4), run(phases))
+    with pytest.raises(UsageError, match="returned 0"):
+        run(lambda step: 0)
 
 
 def test_defaults_do_without_an_lr(name: str) -> None:
