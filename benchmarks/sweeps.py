@@ -125,12 +125,12 @@ def mean_loss(cells: Cells, cell: Cell, seeds: Sequence[int], key: str = "train_
     return sum(getattr(cells[replace(cell, seed=seed)], key) for seed in seeds) / len(seeds)
 
 
-def line(cells: Cells, centre: Cell, axis: str, seeds: Sequence[int]) -> list[Cell]:
+def line(cells: Cells, centre: Cell, axis: str, seeds: Sequence[int], reach: int = REACH) -> list[Cell]:
     """Sweep ``axis`` (``log2_lr`` or ``log2_damping``) through ``centre`` in half-octave steps.
 
-    The line reaches at least two octaves to either side and grows until its optimum is two steps inside.
+    The line reaches at least ``reach`` steps to either side and grows until its optimum is two steps inside.
     """
-    return transfer.sweep(lambda cell: cells[cell].train_loss, centre, axis, seeds, REACH)
+    return transfer.sweep(lambda cell: cells[cell].train_loss, centre, axis, seeds, reach)
 
 
 def best_of(cells: Cells, points: Sequence[Cell], seeds: Sequence[int]) -> Cell:

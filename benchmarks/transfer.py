@@ -6,8 +6,8 @@
 
 Setting ``online``: Fashion-MNIST at 14×14 (55,000 training images), one epoch, batch 256, 214 steps,
 linear decay, 3-layer ReLU MLP with biases, torch's default init, no momentum; training loss = mean over
-the last 10 % of the steps, each batch seen for the first time. Setting ``interpolating``: the embedded
-8,000 images, four passes.
+the last 10 % of the steps, each batch seen for the first time. Setting ``warm-up``: the same, the lr
+rising over the first 10 % of the steps. Setting ``interpolating``: the embedded 8,000 images, four passes.
 
 At width 64 lr and damping are tuned in turn on half-octave lines until neither moves. At every larger
 width a half-octave line in lr and one in damping pass through that point. *Regret* of the transferred
@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sweeps import (
+    REACH,
     Cell,
     Cells,
     best_of,
@@ -41,9 +42,12 @@ BASE = 64
 COMMON = {"model.name": "mlp", "scaling.base_width": BASE, "train.batch_size": 256, "train.threads": 1}
 SETTINGS = {
     "online": {**COMMON, "data.name": "fashion-mnist-14-full", "train.epochs": 1.0},
+    "warm-up": {**COMMON, "data.name": "fashion-mnist-14-full", "train.epochs": 1.0, "train.warmup": 0.1},
     "interpolating": {**COMMON, "data.name": "fashion-mnist-14", "train.epochs": 4.0},
     "smoke": {**COMMON, "data.name": "fashion-mnist-14", "train.epochs": 1.0, "train.batch_size": 128},
 }
+# Where lines at larger widths begin with an octave to either side: they grow where that is too little.
+REACHES = {"warm-up": 2}
 # Optimizer, damping rule, parametrization, where tuning starts (log2 lr, log2 damping). K-FAC under SP
 # with absolute or π damping is what peers do by default.
 VARIANTS = [
@@ -76,7 +80,8 @@ def base_choice(cells: Cells, setting: str, variant: tuple[str, ...], seeds: Seq
 def measure(cells: Cells, setting: str, variant: tuple[str, ...], width: int, seeds: Sequence[int]) -> dict:
     base = base_choice(cells, setting, variant, seeds)
     chosen = replace(base, width=width, parametrization=variant[2] if width != BASE else "mup")
-    lines = {axis: line(cells, chosen, axis, seeds) for axis in axes_of(variant[0])}
+    reach = REACH if width == BASE else REACHES.get(setting, REACH)
+    lines = {axis: line(cells, chosen, axis, seeds, reach) for axis in axes_of(variant[0])}
     points = [point for one in lines.values() for point in one]
     best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
     regrets = regret(cells, chosen, points, seeds)
