@@ -4,16 +4,17 @@
     python benchmarks/zoo.py --table                     # print the table of the results kept so far
     python benchmarks/zoo.py --smoke                     # made-up data, twice the width, a few steps
 
-Families: Myrtle-5 and ResNet-18 on CIFAR-10 (JPEG re-encode) at 16×16, 10,000 training images; CBOW on
-WikiText-2 small (train on nine tenths of valid.txt), window 5, 1,000 words; a two-layer GPT on tiny
-Shakespeare, 64 characters. Each is trained for a fixed number of steps without seeing an example twice,
-but for the CNNs, which pass over their images three times. Linear decay, no momentum, torch's default
-init. An embedding and norms follow AdamW at `fallback_lr` under K-FAC.
+Families: Myrtle-5 and ResNet-18 on CIFAR-10 (JPEG re-encode) at 16×16, one pass over 10,000 and 5,000
+training images; CBOW on WikiText-2 small (train on nine tenths of valid.txt), window 5, 1,000 words; a
+two-layer GPT on tiny Shakespeare, 32 characters, heads of size 8. None sees an example twice. Linear decay,
+no momentum, torch's default init. Under K-FAC an embedding and norms follow AdamW, at the base lr that is
+best for AdamW alone.
 
 At the base width lr and damping are tuned in turn on half-octave lines until neither moves; at the large
-width a half-octave line in lr and one in damping pass through the transferred point. *Regret* is its
-training loss (mean over the last 10 % of the steps) minus that of the best point on the lines, chosen on
-the other seed; *validation* is its validation loss.
+width a half-octave line in lr and one in damping pass through the transferred point, an octave to either
+side and on until their best point lies an octave inside. *Regret* is the transferred training loss (mean
+over the last 10 % of the steps) minus that of the best point on the lines, chosen on the other seed;
+*validation* is the transferred validation loss.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ HERE = Path(__file__).parent
 # Optimizer → damping rule, and where tuning starts (log2 lr, log2 damping).
 STARTS = {"sgd": ("", -1.0, 0.0), "adamw": ("", -7.0, 0.0), "kfac": ("trace", -5.0, -5.0)}
 STARTS["shampoo"] = ("relative", -4.0, -9.0)
+WIDE_REACH = 2  # half-octave steps to either side at the large width, where a run costs minutes
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def wikitext() -> Dataset:
 
 
 def shakespeare() -> Dataset:
-    return tiny_shakespeare.load(text_folder("tiny-shakespeare", "text"), context=64)
+    return tiny_shakespeare.load(text_folder("tiny-shakespeare", "text"), context=32)
 
 
 def made_up_text(task: str) -> Dataset:
@@ -74,19 +76,27 @@ def made_up_text(task: str) -> Dataset:
     return assemble_text("made-up", texts, 50, task=task, context=16, window=2)
 
 
-IMAGES = {"train.batch_size": 128, "train.epochs": 3.0}
 FAMILIES = {
-    "myrtle5": Family(cifar10_16, 16, {"model.name": "myrtle5", **IMAGES}),
-    "resnet": Family(cifar10_16, 8, {"model.name": "resnet", **IMAGES}),
+    "myrtle5": Family(
+        cifar10_16, 16, {"model.name": "myrtle5", "train.batch_size": 128, "train.epochs": 1.0}
+    ),
+    "resnet": Family(cifar10_16, 8, {"model.name": "resnet", "train.batch_size": 64, "train.epochs": 0.5}),
     "cbow": Family(
         wikitext,
         16,
-        {"model.name": "cbow", "train.batch_size": 512, "train.steps": 300, "optimizer.fallback_lr": 0.03},
+        {"model.name": "cbow", "train.batch_size": 512, "train.steps": 300, "optimizer.fallback_lr": 0.18},
     ),
     "gpt": Family(
         shakespeare,
-        32,
-        {"model.name": "gpt", "train.batch_size": 32, "train.steps": 300, "train.warmup": 0.05},
+        16,
+        {
+            "model.name": "gpt",
+            "model.args": {"head_dim": 8},
+            "train.batch_size": 32,
+            "train.steps": 300,
+            "train.warmup": 0.05,
+            "optimizer.fallback_lr": 0.06,
+        },
     ),
 }
 SHORT = {"train.batch_size": 32, "train.steps": 12}
@@ -133,7 +143,7 @@ def measure(
     start = Cell(name, optimizer, rule, "mup", base_width, lr, damping, seeds[0])
     base = tune_base(cells, start, axes_of(optimizer), seeds)
     chosen = replace(base, width=multiple * base_width, parametrization=parametrization)
-    lines = {axis: line(cells, chosen, axis, seeds) for axis in axes_of(optimizer)}
+    lines = {axis: line(cells, chosen, axis, seeds, WIDE_REACH) for axis in axes_of(optimizer)}
     points = [point for one in lines.values() for point in one]
     best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
     regrets = regret(cells, chosen, points, seeds)
