@@ -7,7 +7,8 @@
 
 Setting: tanh MLP 24–M–M–10 without bias, init std 1/√fan_in at base width 64, data set ``synthetic``,
 cross-entropy, one batch of 64, float64, one thread; M = 256 … 2048; seeds 0, 1 and 2; lr, damping and eps
-as the optimizer's class has them. Wide K-FAC and Shampoo layers are kept as columns (``solver = auto``).
+as the optimizer's class has them. Wide K-FAC and Shampoo layers are kept as columns (``solver = auto``). Of
+SOAP, whose first step moves nothing, it is the second, on the same batch.
 
 Measured: mean |ΔW h|, what the first update of one tensor does to its layer's output, against M on
 log-log axes. The expected slope is 0; of the update without its lr it is minus the exponent of the lr.
@@ -34,6 +35,7 @@ import torch
 from mupx import scaling
 from mupx.checks.coordinate import read
 from mupx.config import Experiment
+from mupx.datasets.base import Split
 from mupx.optim import OPTIMIZERS
 from mupx.parametrization import experiment_from
 from mupx.parts import describe, load_data
@@ -42,6 +44,7 @@ from mupx.training import Run
 
 RESULTS = Path(__file__).parent / "results" / "slopes.csv"
 WIDTHS, SEEDS, BASE = (256, 512, 1024, 2048), (0, 1, 2), 64
+BATCH = 64
 PARAMETRIZATIONS = ("mup", "sp-full-alignment")
 TOLERANCE = 0.08
 FAR_ABOVE = 1e4  # every eigenvalue of a factor and every entry of a gradient, at any width
@@ -108,18 +111,23 @@ def experiment(optimizer: str, parametrization: str, regime: str, width: int, se
         "train.dtype": "float64",
         "train.schedule": "constant",
         "train.device": "cpu",
-        "train.steps": 1,
         "train.seed": seed,
     }
     return chosen.updated({**changes, **gains})
 
 
 def contributions(chosen: Experiment) -> dict[str, tuple[str, float, float]]:
-    """Return parameter → (role, mean |ΔW h| after one step, its lr)."""
+    """Return parameter → (role, mean |ΔW h| of the first step that moves anything, its lr)."""
     data = load_data(chosen)
-    run = Run(chosen, data, describe(chosen, data))
-    moved = read(run, [1]).moved[1].own
-    return {layer.name: (layer.role, moved[layer.name], layer.lr) for layer in run.layers}
+    # SOAP's first step only sets up its bases: there a second one follows on the same batch.
+    once = replace(data, train=Split(data.train.inputs[:BATCH], data.train.targets[:BATCH]))
+    for steps, given in ((1, data), (2, once)):
+        made = chosen.updated({"train.steps": steps, "train.batch_size": BATCH})
+        run = Run(made, given, describe(made, given))
+        moved = read(run, [steps]).moved[steps].own
+        if any(moved.values()):
+            return {layer.name: (layer.role, moved[layer.name], layer.lr) for layer in run.layers}
+    raise RuntimeError(f"{chosen.optimizer.name} has not moved anything in two steps")
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
@@ -177,8 +185,9 @@ def measure(
 
 
 def right(row: Row) -> bool:
-    """Whether a tensor's contribution keeps its size over width."""
-    return abs(float(row["slope"])) <= TOLERANCE
+    """Whether a tensor's contribution keeps its size over width; one that is zero has none."""
+    moved = all(float(value) > 0 for value in str(row["contributions"]).split())
+    return moved and abs(float(row["slope"])) <= TOLERANCE
 
 
 def all_of(optimizer: str, widths: Sequence[int], seeds: Sequence[int]) -> list[Row]:
@@ -224,6 +233,13 @@ def recorded() -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def _write(rows: Sequence[Row]) -> None:
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the committed results")
@@ -237,12 +253,11 @@ def main() -> None:
         if arguments.smoke:
             rows = [row for name in names for row in all_of(name, (64, 128, 256), (0,))]
         else:
-            new = [row for name in names for row in all_of(name, WIDTHS, SEEDS)]
-            rows = [row for row in rows if row["optimizer"] not in names] + new
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            for name in names:
+                new = all_of(name, WIDTHS, SEEDS)
+                rows = [row for row in rows if row["optimizer"] != name] + new
+                print(table(new), flush=True)
+                _write(rows)
     print(table(rows))
 
 

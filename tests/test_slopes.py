@@ -49,6 +49,11 @@ def test_the_rule_keeps_every_contribution_and_an_exponent_off_by_a_half_does_no
         assert slopes.right(row) == (not row["fault"]), row
 
 
+def test_what_does_not_move_is_not_right() -> None:
+    row = next(row for row in ROWS if slopes.right(row))
+    assert not slopes.right({**row, "contributions": "0 0 0 0"})
+
+
 @pytest.mark.parametrize("name", sorted({row["optimizer"] for row in ROWS}))
 def test_the_update_without_its_lr_has_the_exponent_of_the_rule(name: str) -> None:
     for row in ROWS:
