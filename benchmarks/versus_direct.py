@@ -2,12 +2,13 @@
 
     python benchmarks/versus_direct.py            # train what is missing, then print the table
 
-Setting ``online`` of transfer.py. Four searches per optimizer, each with the same number of trials by
-the same sampler:
+Setting ``online`` of transfer.py. Five searches per optimizer by the same sampler, all but the fourth with
+the same number of trials:
 
 * ``proxy``: at width 64, lr (and damping), transferred to full width under μP;
 * ``proxy, confirmed``: the same search, its best 8 trials run on three fresh seeds (24 more runs);
 * ``proxy, roles``: the same with per-role lr and init multipliers, momentum and output scale;
+* ``proxy, roles, long``: that with four times the trials, the best 16 run on three fresh seeds;
 * ``direct``: lr (and damping) at full width under standard parametrization.
 
 Each winner is trained at full width on seeds the searches did not see; compute is the sum of the
@@ -37,11 +38,13 @@ SETTING = {
     "search.objective": "train",
 }
 JUDGES = (100, 101)
+CONFIRMED = {"proxy, confirmed": 8, "proxy, roles, long": 16}
+KINDS = ["proxy", "proxy, confirmed", "proxy, roles", "proxy, roles, long", "direct"]
 
 
 def search(optimizer: str, kind: str, width: int, trials: int, runs: Path) -> tuple[recipe.Recipe, float]:
     """Return the winner as a recipe at full width, and the seconds its search trained for."""
-    direct, confirm = kind == "direct", 8 if kind == "proxy, confirmed" else 0
+    direct, confirm = kind == "direct", CONFIRMED.get(kind, 0)
     where = width if direct else BASE
     changes = {
         "optimizer.name": optimizer,
@@ -52,7 +55,7 @@ def search(optimizer: str, kind: str, width: int, trials: int, runs: Path) -> tu
         "search.confirm": confirm,
     }
     experiment = config.parse(config.merge({}, {**SETTING, **changes}))
-    if kind == "proxy, roles":
+    if "roles" in kind:
         spaces = {**mupx.search.default_space(optimizer), **role_space(experiment)}
         experiment = experiment.updated(
             {f"search.space.{name}": interval.model_dump() for name, interval in spaces.items()}
@@ -75,7 +78,7 @@ def spent(found: mupx.search.SearchResult) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw", "kfac"])
-    parser.add_argument("--kinds", nargs="+", default=["proxy", "proxy, confirmed", "proxy, roles", "direct"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "versus-direct")
@@ -88,11 +91,12 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     for optimizer in arguments.optimizers:
         for kind in arguments.kinds:
+            trials = arguments.trials * (4 if kind.endswith("long") else 1)
             key = {"optimizer": optimizer, "search": kind, "width": str(arguments.width)}
-            key["trials"] = str(arguments.trials)
+            key["trials"] = str(trials)
             if any(all(row[k] == v for k, v in key.items()) for row in rows):
                 continue
-            winner, seconds = search(optimizer, kind, arguments.width, arguments.trials, arguments.runs)
+            winner, seconds = search(optimizer, kind, arguments.width, trials, arguments.runs)
             finals = [
                 training.train(winner.experiment.updated({"train.seed": seed}), recipe=winner)
                 for seed in JUDGES
