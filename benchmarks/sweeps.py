@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from mupx import config, training
 from mupx.checks import transfer
 from mupx.datasets.base import Dataset
 
+Kept = TypeVar("Kept")
+Kind = TypeVar("Kind")
 REACH = 4  # half-octave steps on either side: ±2 octaves
 
 
@@ -60,10 +63,8 @@ class Cells:
         self.path, self.settings, self.offline = path, settings, offline
         self._known: dict[Cell, Outcome] = {}
         self.data: dict[str, Dataset] = {}
-        if path is not None and path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    self._known[_typed(Cell, row)] = _typed(Outcome, row)
+        if path is not None:
+            self._known = read_runs(path, Cell, Outcome)
 
     def __getitem__(self, cell: Cell) -> Outcome:
         if cell not in self._known:
@@ -102,21 +103,39 @@ class Cells:
         return Outcome(result.outcome, result.train_loss, validation, result.steps, round(result.seconds, 2))
 
     def _append(self, cell: Cell, outcome: Outcome) -> None:
-        if self.path is None:
-            return
-        row = {**asdict(cell), **asdict(outcome)}
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One short write in append mode: processes that share the file do not tear each other's lines.
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        if self.path is not None:
+            append_run(self.path, cell, outcome)
 
 
-def _typed(kind: type, row: dict[str, str]) -> object:
-    casts = {"int": int, "float": float, "str": str}
+def read_runs(path: Path, cell: type[Kind], outcome: type[Kept]) -> dict[Kind, Kept]:
+    """Return the runs that a CSV file holds; none where there is no file.
+
+    Args:
+        path: The file.
+        cell: Dataclass of what identifies a run; its fields are int, float or str.
+        outcome: Likewise of what is kept of it.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {_typed(cell, row): _typed(outcome, row) for row in csv.DictReader(file)}
+
+
+def append_run(path: Path, cell: Any, outcome: Any) -> None:
+    """Append one run to a CSV file, which is begun where there is none."""
+    row = {**asdict(cell), **asdict(outcome)}
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One short write in append mode: processes that share the file do not tear each other's lines.
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _typed(kind: type[Kind], row: dict[str, str]) -> Kind:
+    casts: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     return kind(**{f.name: casts[str(f.type)](row[f.name]) for f in fields(kind)})
 
 
