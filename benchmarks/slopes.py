@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -116,18 +117,24 @@ def experiment(optimizer: str, parametrization: str, regime: str, width: int, se
     return chosen.updated({**changes, **gains})
 
 
-def contributions(chosen: Experiment) -> dict[str, tuple[str, float, float]]:
-    """Return parameter → (role, mean |ΔW h| of the first step that moves anything, its lr)."""
+def contributions(chosen: Experiment, steps: int = 1) -> dict[str, tuple[str, float, float]]:
+    """Return parameter → (role, mean |ΔW h| after ``steps`` on one batch, its lr)."""
     data = load_data(chosen)
-    # SOAP's first step only sets up its bases: there a second one follows on the same batch.
-    once = replace(data, train=Split(data.train.inputs[:BATCH], data.train.targets[:BATCH]))
-    for steps, given in ((1, data), (2, once)):
-        made = chosen.updated({"train.steps": steps, "train.batch_size": BATCH})
-        run = Run(made, given, describe(made, given))
-        moved = read(run, [steps]).moved[steps].own
-        if any(moved.values()):
-            return {layer.name: (layer.role, moved[layer.name], layer.lr) for layer in run.layers}
-    raise RuntimeError(f"{chosen.optimizer.name} has not moved anything in two steps")
+    if steps > 1:
+        data = replace(data, train=Split(data.train.inputs[:BATCH], data.train.targets[:BATCH]))
+    made = chosen.updated({"train.steps": steps, "train.batch_size": BATCH})
+    run = Run(made, data, describe(made, data))
+    moved = read(run, [steps]).moved[steps].own
+    return {layer.name: (layer.role, moved[layer.name], layer.lr) for layer in run.layers}
+
+
+@cache
+def first_move(optimizer: str) -> int:
+    """Return the first step that moves anything: SOAP's first one only sets up its bases."""
+    at_base = experiment(optimizer, "mup", "curved", BASE, 0)
+    return next(
+        step for step in (1, 2) if any(moved for _, moved, _ in contributions(at_base, step).values())
+    )
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
@@ -156,9 +163,10 @@ def measure(
         widths: From narrow to wide.
         seeds: The geometric mean over them is fitted.
     """
+    steps = first_move(optimizer)
     with fault(parametrization, wrong) as law:
         found = [
-            [contributions(experiment(optimizer, law, regime, width, seed)) for seed in seeds]
+            [contributions(experiment(optimizer, law, regime, width, seed), steps) for seed in seeds]
             for width in widths
         ]
     rows = []

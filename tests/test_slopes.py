@@ -19,7 +19,16 @@ sys.path.remove(BENCHMARKS)
 
 ROWS: list[dict[str, Any]] = slopes.recorded()
 # One optimizer for each way an update answers to the size of its gradient, with the widths it takes.
-LIVE = {"sgd": (64, 128, 256), "adamw": (128, 256, 512), "kfac": (128, 256, 512), "shampoo": (64, 128, 256)}
+LIVE = {
+    "sgd": (64, 128, 256),
+    "adamw": (128, 256, 512),
+    "kfac": (128, 256, 512),
+    "gauss-newton": (128, 256, 512),
+    "shampoo": (64, 128, 256),
+    "soap": (128, 256, 512),
+    "muon": (128, 256, 512),
+    "psgd": (128, 256, 512),
+}
 
 
 def expected_exponent(row: dict[str, Any]) -> float:
