@@ -5,6 +5,7 @@ import pytest
 from mupx.advice.statements import (
     DERIVED,
     MEASURED,
+    OWN,
     REFERENCES,
     Sizes,
     iterations,
@@ -35,11 +36,12 @@ def codes(statements, level=None):
 def test_the_ratio_of_batch_to_data_decides(examples, batch, regime, words):
     sizes = Sizes(examples, batch, 100)
     assert sizes.regime == regime
-    first, second = pays(sizes)
+    first, second, own = pays(sizes)
     assert words in first.text
     assert f"{batch:,} / {examples:,}" in first.text
     assert first.to_json()["source"].startswith("Ishikawa & Yokota")
     assert "P gives no number" in second.text
+    assert own.to_json()["source"] == "mupx's benchmarks/poster.py"
 
 
 def test_the_regime_turns_at_the_stated_ratios_and_follows_the_ratio_alone():
@@ -62,8 +64,9 @@ def test_a_fitted_preconditioner_is_warned_of_at_large_batch_or_few_steps(
     sizes, configured, registered, level
 ):
     found = list(iterations(sizes, configured, registered))
-    assert [s.level for s in found] == ([] if level is None else [level])
-    for statement in found:
+    assert [s.level for s in found] == ([] if level is None else [level, "note"])
+    assert [s.code for s in found][1:] == ([] if level is None else ["more-iterations"])
+    for statement in found[:1]:
         assert f"{sizes.steps:,} steps" in statement.text
 
 
@@ -119,7 +122,7 @@ def test_every_statement_names_its_source():
     said = [*pays(RUN), *not_transferred(absolute, RUN, experiment()), *iterations(RUN, "psgd", ())]
     assert len(said) >= 7
     for statement in said:
-        assert statement.key in (*REFERENCES, DERIVED, MEASURED), statement
+        assert statement.key in (*REFERENCES, DERIVED, MEASURED, OWN), statement
         assert statement.key not in REFERENCES or statement.to_json()["source"].startswith(
             REFERENCES[statement.key]
         )
