@@ -11,7 +11,9 @@ MOST_EXAMPLES = 2000
 MOST_NUMBERS = 2**28  # in the largest output of any layer: 1 GiB in float32
 
 
-def examples_at_once(model: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+def examples_at_once(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1
+) -> int:
     """Return the number of examples whose largest layer output holds `MOST_NUMBERS` numbers.
 
     A fixed number of examples would do for images of 14×14, but not for the logits of long texts over a
@@ -21,6 +23,7 @@ def examples_at_once(model: nn.Module, forward: Callable[[Tensor], Tensor], inpu
         model: Its modules are watched during one forward pass.
         forward: Runs the model; in evaluation mode, without gradients.
         inputs: A few examples.
+        copies: Models that are evaluated side by side.
     """
     largest = 1
 
@@ -35,4 +38,4 @@ def examples_at_once(model: nn.Module, forward: Callable[[Tensor], Tensor], inpu
     finally:
         for handle in handles:
             handle.remove()
-    return max(1, min(MOST_EXAMPLES, MOST_NUMBERS * len(inputs) // largest))
+    return max(1, min(MOST_EXAMPLES, MOST_NUMBERS * len(inputs) // (copies * largest)))

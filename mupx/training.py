@@ -141,7 +141,7 @@ class Run:
         self.loss = find_loss(config.loss)
         self.layers: list[Layer] = derive(parameters, experiment)
         self.model, self.optimizer = self._build()
-        self.inputs = self._placed(data.train.inputs)
+        self.inputs = self.placed(data.train.inputs)
         self.targets = data.train.targets.to(self.device)
         self.step = 0
         self.losses: list[float] = []
@@ -184,8 +184,8 @@ class Run:
         chosen = self._order[position * size : (position + 1) * size]
         return self.inputs[chosen], self.targets[chosen]
 
-    def _placed(self, inputs: Tensor) -> Tensor:
-        # Token ids stay whole numbers.
+    def placed(self, inputs: Tensor) -> Tensor:
+        """Return inputs on the run's device, in its precision; token ids stay whole numbers."""
         return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -275,13 +275,13 @@ class Run:
         """Return mean loss and accuracy over the terms of a split that count."""
         self.model.eval()
         total, right, terms, labelled = 0.0, 0, 0, True
-        size = examples_at_once(self.model, self.forward, self._placed(split.inputs[:2]))
+        size = examples_at_once(self.model, self.forward, self.placed(split.inputs[:2]))
         for x, y in zip(split.inputs.split(size), split.targets.split(size), strict=True):
             targets = y.to(self.device)
             counted = int(self.loss.normaliser(targets))
             if counted == 0:
                 continue  # the mean over no term is not a number
-            outputs = self.forward(self._placed(x))
+            outputs = self.forward(self.placed(x))
             total += self.loss(outputs, targets).item() * counted
             labelled = not targets.is_floating_point() and targets.shape == outputs.shape[:-1]
             if labelled:
@@ -341,12 +341,12 @@ def _loop(
     started = time.perf_counter()
     config = run.experiment.train
     save_every = config.checkpoint_every or max(1, run.steps // CHECKPOINTS_PER_RUN)
-    report_at = _even_steps(run.steps, reports) if report is not None else set()
+    report_at = even_steps(run.steps, reports) if report is not None else set()
     reported = 0
     outcome = "finished"
     if "validation" not in run.untrained:
         run.untrained["validation"] = run.evaluate(run.data.validation).loss
-        _require_start(run)
+        require_start(run)
     while run.step < run.steps:
         with AtStepEnd() as stop:
             watch = None if folder is None else _watch(run)
@@ -379,7 +379,7 @@ def _loop(
     return _result(run, folder, outcome, evaluate_test, started)
 
 
-def _require_start(run: Run) -> None:
+def require_start(run: Run) -> None:
     """Tell a loss that is broken before the first step from one that diverged."""
     loss, names = run.untrained["validation"], run.experiment.own_code
     if names and not math.isfinite(loss):
@@ -399,12 +399,17 @@ def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: boo
         test = run.evaluate(run.data.test)
     if folder is not None and validation is not None:
         folder.record(run, validation_loss=validation.loss, validation_accuracy=validation.accuracy)
-    train_loss = run.untrained["train"] if outcome == "diverged" else run.tail_loss()
-    seconds = time.perf_counter() - started
+    return result_of(run, outcome, validation, test, time.perf_counter() - started)
+
+
+def result_of(
+    run: Run, outcome: str, validation: Metrics | None, test: Metrics | None, seconds: float
+) -> Result:
+    """Return the result of a run that has ended."""
     return Result(
         outcome,
         run.step,
-        train_loss,
+        run.untrained["train"] if outcome == "diverged" else run.tail_loss(),
         validation,
         test,
         dict(run.untrained),
@@ -430,7 +435,8 @@ def _watch(run: Run) -> Watch | None:
     return Watch(run.model, run.device) if every and (run.step + 1) % every == 0 else None
 
 
-def _even_steps(steps: int, count: int) -> set[int]:
+def even_steps(steps: int, count: int) -> set[int]:
+    """Return ``count`` steps at even intervals, the last one of ``steps`` included."""
     return {round(steps * (i + 1) / count) for i in range(count)} if count else set()
 
 
