@@ -226,7 +226,8 @@ class SearchConfig(_Section):
     """The Optuna study: what is searched, how long, by which sampler and pruner.
 
     The best ``confirm`` trials are run again on fresh seeds, whose mean decides (0: the search's own
-    value decides).
+    value decides). ``population`` trials at a time are asked for and trained in lock-step, each to the
+    numbers it would have alone; but the sampler sees only what was told before a batch.
     """
 
     space: dict[str, Range] = Field(default_factory=dict)
@@ -237,6 +238,7 @@ class SearchConfig(_Section):
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     objective: Literal["validation", "train"] = "validation"
     confirm: Annotated[int, Field(ge=0, strict=True)] = 0
+    population: PositiveInt = 1
 
     @model_validator(mode="after")
     def _known_and_legal(self) -> Self:
@@ -418,7 +420,7 @@ class Experiment(_Section):
         document["data"].pop("dir")
         for key in ("device", "threads", "checkpoint_every"):
             document["train"].pop(key)
-        for key in ("trials", "storage", "confirm"):
+        for key in ("trials", "storage", "confirm", "population"):
             document["search"].pop(key)
         if not search:
             document.pop("search")

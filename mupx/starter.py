@@ -113,6 +113,7 @@ MEANINGS: Mapping[str, str] = {
     "search.seed": "Seed of the sampler.",
     "search.objective": "The loss that is searched on.",
     "search.confirm": "Best trials run again on fresh seeds, whose mean decides; 0: none.",
+    "search.population": "Trials trained in lock-step, each to its own numbers; 1: one after the other.",
     "train.epochs": "Passes over the training data.",
     "train.steps": "Steps, instead of epochs.",
     "train.batch_size": "Examples per step; does not transfer, keep it equal.",

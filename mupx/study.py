@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TIMEOUT = 60  # seconds to wait for another writer
 LEASE = 3600.0  # seconds without a report after which a trial on another host counts as lost
 STUDY_FILE = "study.db"
+VERDICTS = "verdicts"  # how the trials of a batch ended, in the study until all of them are told
 NOTE = "study.json"  # in the run folder: which study of which storage belongs to it
 _TABLES = {"studies", "trials", "version_info"}
 
@@ -229,8 +230,20 @@ def hold(trial: Trial) -> None:
     trial.set_user_attr("lease", lease)
 
 
+def write_down(study: Study, verdicts: Mapping[int, tuple[str, float | None]]) -> None:
+    """Keep how the trials of a batch ended, at one stroke, before they are told one after the other.
+
+    A process that is killed while it tells has then told all or none, as :func:`reap` tells the rest.
+
+    Args:
+        study: Their study.
+        verdicts: Trial number → name of its state, value.
+    """
+    study.set_user_attr(VERDICTS, {str(number): list(verdict) for number, verdict in verdicts.items()})
+
+
 def reap(study: Study) -> list[int]:
-    """Tell FAIL for RUNNING trials whose process is gone.
+    """Tell FAIL for RUNNING trials whose process is gone, or how they ended where that was written down.
 
     A trial is lost when its process on this host is dead or is this one, or when its lease has expired.
     Lost trials carry ``outcome = "lost"`` and do not count: their slot is run again with its own seed.
@@ -241,15 +254,17 @@ def reap(study: Study) -> list[int]:
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    busy = []
+    busy, verdicts = [], study.user_attrs.get(VERDICTS, {})
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not _lost(trial):
             busy += [trial.number] if _here(trial) else []
             continue
+        state, value = verdicts.get(str(trial.number), ("FAIL", None))
         # Another process may reap the same trial at the same moment.
         with suppress(UpdateFinishedTrialError):
-            study._storage.set_trial_user_attr(trial._trial_id, "outcome", "lost")
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            if str(trial.number) not in verdicts:
+                study._storage.set_trial_user_attr(trial._trial_id, "outcome", "lost")
+        study.tell(trial.number, value, state=TrialState[state], skip_if_finished=True)
     return busy
 
 

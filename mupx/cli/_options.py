@@ -116,6 +116,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "trials": ("search.trials",),
     "objective": ("search.objective",),
     "confirm": ("search.confirm",),
+    "population": ("search.population",),
     "sampler": ("search.sampler",),
     "pruner": ("search.pruner",),
     "storage": ("search.storage",),

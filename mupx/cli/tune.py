@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mupx.cli import _options as o
-from mupx.cli._console import number, parameters, print_json, progress, say, warn
+from mupx.cli._console import note, number, parameters, print_json, progress, say, warn
 from mupx.cli._sources import choice_json
 
 if TYPE_CHECKING:
@@ -59,6 +59,15 @@ def command(
         int | None,
         o.whole("--confirm", o.HOW, "Run the best K trials on three fresh seeds; their mean decides.", 0),
     ] = None,
+    population: Annotated[
+        int | None,
+        o.whole(
+            "--population",
+            o.HOW,
+            "Train so many trials at a time, in lock-step: more per hour, each to its own numbers; but the "
+            "sampler learns a batch later, so at most a quarter of the trials is sensible.",
+        ),
+    ] = None,
     objective: Annotated[str | None, o.flag("--objective", panel=o.HOW, help="validation or train.")] = None,
     sampler: Annotated[str | None, o.flag("--sampler", panel=o.HOW, help="tpe, random, qmc or gp.")] = None,
     pruner: Annotated[str | None, o.flag("--pruner", panel=o.HOW, help="median or none.")] = None,
@@ -92,7 +101,9 @@ def command(
         def again(done: int, wanted: int, trial: int, value: float) -> None:
             advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
 
-        result = tune(resolved(experiment), run_dir=folder, fresh=fresh, progress=report, confirmed=again)
+        result = tune(
+            resolved(experiment), run_dir=folder, fresh=fresh, progress=report, confirmed=again, remark=note
+        )
     if result.edges:
         _warn_of_edges(context, result.edges)
     if json:

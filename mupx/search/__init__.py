@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mupx.search.choice import Choice, Edge, choose, edges, recipe_from_study
-    from mupx.search.loop import SearchResult, TrialInfo, tune
+    from mupx.search.loop import SearchResult, tune
     from mupx.search.objective import Outcome
     from mupx.search.sampling import default_space, role_space
+    from mupx.search.trials import TrialInfo
 
 __all__ = [
     "Choice",
@@ -30,9 +31,10 @@ __all__ = [
 
 _HOMES = {
     "choice": ("Choice", "Edge", "choose", "edges", "recipe_from_study"),
-    "loop": ("SearchResult", "TrialInfo", "tune"),
+    "loop": ("SearchResult", "tune"),
     "objective": ("Outcome",),
     "sampling": ("default_space", "role_space"),
+    "trials": ("TrialInfo",),
 }
 
 

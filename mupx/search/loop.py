@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,6 @@ from optuna.trial import TrialState
 
 from mupx.config import Experiment, Hyperparameters, refuse_difference
 from mupx.errors import (
-    MupxError,
     NoResultError,
     NotFoundError,
     StorageError,
@@ -26,8 +24,10 @@ from mupx.errors import (
     out_of_memory,
 )
 from mupx.search import choice, confirmation, sampling
+from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign, Outcome, Proxy, told_value, without_test
+from mupx.search.trials import Ended, Reporter, TrialInfo, stops_the_search
 from mupx.study import (
     default_url,
     finished,
@@ -46,19 +46,7 @@ if TYPE_CHECKING:
 
     from mupx.datasets.base import Dataset
 
-RENEW = 30.0  # seconds between two renewals of a lease; far below its hour
 SAME_ERRORS = 3  # equal exceptions in a row that stop a search
-
-
-@dataclass(frozen=True)
-class TrialInfo:
-    """The trial that has just ended; ``value`` is None when it raised."""
-
-    number: int
-    outcome: str
-    value: float | None
-    params: dict[str, float]
-    seconds: float
 
 
 Progress = Callable[[int, int, float | None, TrialInfo], None]  # (finished, wanted, best value, last trial)
@@ -99,6 +87,7 @@ def tune(
     objective: Callable[[Hyperparameters], float] | None = None,
     untrained: float | None = None,
     confirmed: confirmation.Progress | None = None,
+    remark: Callable[[str], None] | None = None,
 ) -> SearchResult:
     """Search the hyperparameters on the proxy until ``search.trials`` trials have finished.
 
@@ -113,6 +102,7 @@ def tune(
         objective: Somebody else's training loop, hyperparameters → loss; not finite when it diverged.
         untrained: With ``objective``: the loss of an untrained model, told for diverged trials.
         confirmed: Called after each run on a fresh seed (``search.confirm``).
+        remark: Called with a sentence where ``search.population`` cannot be trained in lock-step.
 
     Raises:
         MismatchError: The study in the folder was made with another space or proxy.
@@ -138,7 +128,7 @@ def tune(
         study = _existing(url, name, identity)
         if study is None or len(finished(study)) < experiment.search.trials:
             foreign = Foreign(objective, untrained) if objective else None
-            study = _continue(experiment, data, foreign, url, name, identity, run_dir, progress)
+            study = _continue(experiment, data, foreign, url, name, identity, run_dir, progress, remark)
         if experiment.search.confirm:
             _confirm(study, experiment, data, confirmed)
         return _result(study, experiment, run_dir, url)
@@ -192,6 +182,7 @@ def _continue(
     identity: Mapping[str, Any],
     run_dir: Path,
     progress: Progress | None,
+    remark: Callable[[str], None] | None,
 ) -> Study:
     """Create or reopen the study and run the missing trials.
 
@@ -209,8 +200,26 @@ def _continue(
             f"trial {busy[0]} of study {name!r} is being run by another process on this machine; "
             "wait for it or stop it, then run the same command again"
         )
-    Search(study, experiment, evaluation, url).run(progress)
+    batch = _batch(experiment, evaluation, remark)
+    Search(study, experiment, evaluation, url, batch).run(progress)
     return study
+
+
+def _batch(
+    experiment: Experiment, evaluation: Evaluation, remark: Callable[[str], None] | None
+) -> BatchEvaluation | None:
+    """Return what judges a population, or None and say why it cannot be one."""
+    if experiment.search.population == 1:
+        return None
+    reason = "an objective of your own takes one trial at a time"
+    if isinstance(evaluation, Proxy):
+        found = evaluation.obstacle()
+        if found is None:
+            return evaluation
+        reason = found
+    if remark is not None:
+        remark(f"trials run one at a time, not {experiment.search.population} in lock-step: {reason}")
+    return None
 
 
 def _proxy(experiment: Experiment, data: Dataset | None) -> tuple[Evaluation, dict[str, Any], BasePruner]:
@@ -265,43 +274,23 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-class _Reporter:
-    """Hands a value on the way to Optuna, renews the lease, and says whether to stop."""
-
-    def __init__(self, trial: Trial, url: str) -> None:
-        self.trial, self.url = trial, url
-        self.renewed = time.monotonic()
-
-    def __call__(self, step: int, total: int, value: float) -> bool:
-        if not math.isfinite(value):
-            return False  # training notices divergence itself; the storage sees finite numbers only
-        with storage_errors(self.url):
-            self.trial.report(value, step)
-            self._renew()
-            # The pruner reads every trial from the storage, only to say no before a third of the way.
-            return step >= sampling.earliest_pruning(total) and self.trial.should_prune()
-
-    def _renew(self) -> None:
-        if time.monotonic() - self.renewed > RENEW:
-            hold(self.trial)
-            self.renewed = time.monotonic()
-
-
 @dataclass(frozen=True)
 class Search:
-    """Asks, evaluates and tells one trial after the other.
+    """Asks, evaluates and tells trials.
 
     Args:
         study: Where trials are kept.
         experiment: Its ``search`` section says what to do, its hyperparameters are the fixed values.
         evaluation: Judges a set of hyperparameters.
         url: Storage, for error messages.
+        batch: Judges ``search.population`` sets side by side; None: one after the other.
     """
 
     study: Study
     experiment: Experiment
     evaluation: Evaluation
     url: str
+    batch: BatchEvaluation | None = None
 
     def run(self, progress: Progress | None = None) -> None:
         """Run trials until ``search.trials`` have finished.
@@ -312,65 +301,95 @@ class Search:
         wanted = self.experiment.search.trials
         failures: list[Exception] = []
         streak = 0
-        while len(finished(self.study)) < wanted:
-            info, error = self._trial()
-            if progress is not None:
-                best = choice.usable(self.study)
-                progress(len(finished(self.study)), wanted, best[0].value if best else None, info)
-            streak = 0 if error is None else streak + 1
-            if error is not None:
-                failures.append(error)
-                _stop_if_hopeless(failures, streak, wanted)
+        while (left := wanted - len(finished(self.study))) > 0:
+            for info, error in self._some(left):
+                if progress is not None:
+                    best = choice.usable(self.study)
+                    progress(len(finished(self.study)), wanted, best[0].value if best else None, info)
+                streak = 0 if error is None else streak + 1
+                if error is not None:
+                    failures.append(error)
+                    _stop_if_hopeless(failures, streak, wanted)
+
+    def _some(self, left: int) -> Iterator[tuple[TrialInfo, Exception | None]]:
+        size = min(self.experiment.search.population, left)
+        if self.batch is None or size == 1:
+            yield self._trial()
+        else:
+            yield from run_batch(self, self.batch, size)
 
     def _trial(self) -> tuple[TrialInfo, Exception | None]:
-        self._reseed()
+        trial = self.ask()
+        try:
+            ended = self.judge(trial, lambda: self.evaluation(self.suggest(trial), Reporter(trial, self.url)))
+        except BaseException:  # Ctrl-C, SIGTERM
+            self.abandon(trial)
+            raise
+        self.keep(ended)
+        return self.tell(ended)
+
+    def ask(self, ahead: int = 0) -> Trial:
+        """Ask for a trial and take its lease, while ``ahead`` trials of the same batch are running."""
+        self._reseed(ahead)
         trial = self.study.ask()
         hold(trial)
-        started = time.perf_counter()
+        return trial
+
+    def suggest(self, trial: Trial) -> Hyperparameters:
+        """Draw a trial's values beside those that are fixed."""
+        values = sampling.suggest(trial, self.experiment.search.space)
+        return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **values})
+
+    def judge(self, trial: Trial, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
+        """Evaluate a trial; what only this one raises is a failure.
+
+        Args:
+            trial: The trial.
+            evaluate: Does it.
+            spent: Seconds that went into it before.
+        """
+        started = time.perf_counter() - spent
         try:
-            values = sampling.suggest(trial, self.experiment.search.space)
-            base = self.experiment.hyperparameters.model_dump()
-            outcome = self.evaluation(Hyperparameters(**{**base, **values}), _Reporter(trial, self.url))
+            outcome = evaluate()
             value = told_value(outcome, finished(self.study))
         except Exception as error:
-            if isinstance(error, MupxError) and not isinstance(error, UserCodeError):
-                self._abandon(trial, "interrupted")
+            if stops_the_search(error):
                 raise
-            self._abandon(trial, "failed", error)
-            seconds = time.perf_counter() - started
-            return TrialInfo(trial.number, "failed", None, trial.params, seconds), error
-        except BaseException:  # Ctrl-C, SIGTERM
-            self._abandon(trial, "interrupted")
-            raise
-        seconds = time.perf_counter() - started
-        self._tell(trial, outcome, value, seconds)
-        return TrialInfo(trial.number, outcome.outcome, value, trial.params, seconds), None
+            return Ended(trial, None, None, time.perf_counter() - started, error)
+        return Ended(trial, outcome, value, time.perf_counter() - started)
 
-    def _reseed(self) -> None:
+    def _reseed(self, ahead: int = 0) -> None:
         search = self.experiment.search
         failed = sum(t.user_attrs.get("outcome") == "failed" for t in self.study.get_trials(deepcopy=False))
         done = len(finished(self.study))
-        self.study.sampler = sampling.sampler(search.sampler, search.space, search.seed, done, failed)
+        self.study.sampler = sampling.sampler(search.sampler, search.space, search.seed, done, failed, ahead)
 
-    def _tell(self, trial: Trial, outcome: Outcome, value: float, seconds: float) -> None:
-        attributes = {**outcome.attributes, "outcome": outcome.outcome, "seconds": seconds}
-        if outcome.untrained is not None and math.isfinite(outcome.untrained):
-            attributes["untrained"] = outcome.untrained
-        for key, item in attributes.items():
-            trial.set_user_attr(key, item)
-        if outcome.outcome == "pruned":
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, value)
+    def keep(self, ended: Ended) -> None:
+        """Keep with a trial what was found, before it is told."""
+        for key, item in ended.attributes.items():
+            ended.trial.set_user_attr(key, item)
+        if ended.error is not None:
+            self._note_failure(ended.trial, "failed", ended.error)
 
-    def _abandon(self, trial: Trial, outcome: str, error: Exception | None = None) -> None:
+    def tell(self, ended: Ended) -> tuple[TrialInfo, Exception | None]:
+        """Tell how a trial ended."""
+        with suppress(Exception) if ended.error is not None else nullcontext():
+            self.study.tell(ended.trial, ended.told, state=ended.state)
+        return ended.info, ended.error
+
+    def abandon(self, trial: Trial) -> None:
+        """Close a trial that was interrupted."""
+        self._note_failure(trial, "interrupted")
+        with suppress(Exception):
+            self.study.tell(trial, state=TrialState.FAIL)
+
+    def _note_failure(self, trial: Trial, outcome: str, error: Exception | None = None) -> None:
         # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
         with suppress(Exception):
             trial.set_user_attr("outcome", outcome)
             if error is not None:
                 log = getattr(error, "details", "") or _text(error)
                 trial.set_user_attr("error", redact(log)[-2000:])
-            self.study.tell(trial, state=TrialState.FAIL)
 
 
 def _text(error: Exception) -> str:

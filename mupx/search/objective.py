@@ -8,7 +8,7 @@ more like it; told as a huge number it would flatten everything else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from mupx.datasets.base import Dataset
+    from mupx.run_folder import Result
 
 Report = Callable[[int, int, float], bool]  # (step, total steps, value) -> True asks to stop
 
@@ -39,6 +40,9 @@ class Outcome:
     value: float
     untrained: float | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+MemberReport = Callable[[int, int, int, float], bool]  # (member, step, total steps, value) -> stop?
 
 
 class Evaluation(Protocol):
@@ -98,8 +102,7 @@ class Proxy:
         """Train once and return the objective of ``search.objective`` with both losses beside it."""
         from mupx import training
 
-        changes = {f"hyperparameters.{k}": v for k, v in hyperparameters.model_dump().items()}
-        experiment = self.experiment.updated(changes)
+        experiment = self._with(hyperparameters)
         result = training.train(
             experiment,
             data=self.data,
@@ -109,6 +112,38 @@ class Proxy:
         )
         if result.outcome == "interrupted":
             raise KeyboardInterrupt
+        return self._outcome(result)
+
+    def obstacle(self) -> str | None:
+        """Return why trials cannot be trained in lock-step, in a clause; None where they can."""
+        from mupx import stackable, training
+
+        try:
+            run = training.Run(self.experiment, self.data, self.parameters)
+        except Exception as error:
+            return f"{type(error).__name__} before the first step"  # the first trial will say it in full
+        return stackable.obstacle(run)
+
+    def together(
+        self, hyperparameters: Sequence[Hyperparameters], report: MemberReport, reports: int
+    ) -> list[Outcome | None]:
+        """Train in lock-step; None for what has to be evaluated by itself."""
+        from mupx import population
+
+        results = population.train_population(
+            [self._with(each) for each in hyperparameters],
+            data=self.data,
+            parameters=self.parameters,
+            report=report,
+            reports=min(reports, self.reports),
+        )
+        return [None if result is None else self._outcome(result) for result in results]
+
+    def _with(self, hyperparameters: Hyperparameters) -> Experiment:
+        values = hyperparameters.model_dump()
+        return self.experiment.updated({f"hyperparameters.{key}": value for key, value in values.items()})
+
+    def _outcome(self, result: Result) -> Outcome:
         losses = {"train": result.train_loss}
         if result.validation is not None:
             losses["validation"] = result.validation.loss

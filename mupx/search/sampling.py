@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optuna import Study
 
 REPORTS = 12  # reports per trial: each costs a few milliseconds of database
+RUNGS = 6  # reports per trial of a population: every other one of those
 STARTUP = 10  # quasi-random trials before a model is fitted (TPE and GP)
 PRUNE_AFTER = 10  # complete trials before the first one may be pruned
 Box = Mapping[str, Range]
@@ -166,7 +167,7 @@ def trial_seed(seed: int, finished: int, failed: int) -> int:
     return int(np.random.SeedSequence((seed, finished, failed)).generate_state(1)[0])
 
 
-def sampler(name: str, space: Box, seed: int, finished: int, failed: int) -> BaseSampler:
+def sampler(name: str, space: Box, seed: int, finished: int, failed: int, ahead: int = 0) -> BaseSampler:
     """Make the sampler of the next trial.
 
     Args:
@@ -175,15 +176,16 @@ def sampler(name: str, space: Box, seed: int, finished: int, failed: int) -> Bas
         seed: Seed of the whole search.
         finished: Number of finished trials.
         failed: Number of trials that raised.
+        ahead: Trials of the same batch that were asked for before and run by now.
     """
-    own = trial_seed(seed, finished, failed)
+    own = trial_seed(seed, finished + ahead, failed)
     if name == "qmc" or (name in ("tpe", "gp") and finished < STARTUP):
-        return SobolSampler(space, seed, finished + failed)
+        return SobolSampler(space, seed, finished + ahead + failed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name == "tpe":
-            # One process asks and tells in turn: there is no running trial to lie about.
-            return TPESampler(seed=own, multivariate=True, constant_liar=False, n_startup_trials=STARTUP)
+            # One process asks and tells in turn: only in a batch are there running trials to lie about.
+            return TPESampler(seed=own, multivariate=True, constant_liar=ahead > 0, n_startup_trials=STARTUP)
         if name == "gp":
             return GPSampler(seed=own, n_startup_trials=STARTUP)
     return RandomSampler(seed=own)

@@ -36,6 +36,9 @@ class Calls:
     loads: int = 0
     trained: list = field(default_factory=list)
     test_sizes: set = field(default_factory=set)
+    populations: list = field(default_factory=list)
+    leaving: set = field(default_factory=set)
+    obstacle: str | None = None
 
 
 calls = Calls()
@@ -84,6 +87,29 @@ def train(experiment, *, data, report=None, reports=0, **_):
     return _result("finished", steps, final - 0.1, final)
 
 
+def train_population(experiments, *, data, parameters, report, reports):
+    """The same curves, every member by itself; ``leaving`` says which ones have to be run alone."""
+    calls.populations.append(len(experiments))
+    results = []
+    for member, one in enumerate(experiments):
+
+        def reported(step, steps, value, member=member):
+            stop = report(member, step, steps, value)
+            return stop or (member in calls.leaving and step >= steps / 3)
+
+        result = train(one, data=data, report=reported, reports=reports)
+        results.append(None if member in calls.leaving else result)
+    return results
+
+
+def Run(experiment, data, parameters):
+    return experiment
+
+
+def obstacle(run):
+    return calls.obstacle
+
+
 def _result(outcome, steps, train_loss, validation):
     metrics = None if validation is None else SimpleNamespace(loss=validation, accuracy=0.5)
     return SimpleNamespace(
@@ -104,10 +130,10 @@ def _hang(report, reports):
 
 
 def install(setitem, setattr_):
-    """Put this module in the place of mupx.training and mupx.parts."""
+    """Put this module in the place of what trains."""
     import mupx.parametrization  # while what it needs of mupx.parts is still there
 
-    for name in ("training", "parts"):
+    for name in ("training", "parts", "population", "stackable"):
         setitem(sys.modules, f"mupx.{name}", sys.modules[__name__])
         setattr_(mupx, name, sys.modules[__name__])
 

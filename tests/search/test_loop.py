@@ -144,7 +144,7 @@ def test_a_killed_search_resumes_to_the_undisturbed_one(training, tmp_path, undi
 def test_numbering_seeds_by_all_trials_would_not_resume(training, tmp_path, monkeypatch):
     """The wrong key: the lost trial of the killed run shifts every seed after it."""
 
-    def count_all(search):
+    def count_all(search, ahead=0):
         config = search.experiment.search
         number = len(search.study.get_trials(deepcopy=False))
         search.study.sampler = sampling.sampler(config.sampler, config.space, config.seed, number, 0)
