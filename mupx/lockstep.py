@@ -37,7 +37,6 @@ class Population:
         self.model, self.loss, self.steps, self.step = first.model, first.loss, first.steps, 0
         for run in runs:
             check_groups(run.optimizer, run.layers)
-            run.inputs, run.targets = first.inputs, first.targets
         _require_same_buffers(runs)
         each = [dict(run.model.named_parameters()) for run in runs]
         self.values = {name: torch.stack([own[name].detach() for own in each]) for name in each[0]}

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from mupx.config import Experiment
-from mupx.datasets.base import Dataset
+from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.layers import Parameter
 from mupx.lockstep import Population
 from mupx.parametrization import resolved
 from mupx.run_folder import Metrics, Result
+from mupx.stackable import obstacle_in_settings
 from mupx.training import Run, even_steps, require_start, result_of
 
 Report = Callable[[int, int, int, float], bool]  # (member, step, steps, objective so far) -> stop?
@@ -56,8 +58,12 @@ def train_population(
     _require_alike(experiments)
     if experiments[0].train.threads is not None:
         torch.set_num_threads(experiments[0].train.threads)
-    population = Population([Run(experiment, data, parameters) for experiment in experiments])
-    return _Training(population, data, report, reports).run()
+    first = Run(experiments[0], data, parameters)
+    if reason := obstacle_in_settings(first):
+        raise UsageError(f"these runs cannot be trained in lock-step: {reason}; use train for each")
+    shared = replace(data, train=Split(first.inputs, first.targets))  # on its device and in its precision
+    others = [Run(experiment, shared, parameters) for experiment in experiments[1:]]
+    return _Training(Population([first, *others]), data, report, reports).run()
 
 
 def _require_alike(experiments: Sequence[Experiment]) -> None:

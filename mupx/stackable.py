@@ -28,10 +28,11 @@ def obstacle(run: Run) -> str | None:
     Args:
         run: Not started, and of no further use: its weights are changed.
     """
-    return _in_the_settings(run) or _in_the_model(run)
+    return obstacle_in_settings(run) or _in_the_model(run)
 
 
-def _in_the_settings(run: Run) -> str | None:
+def obstacle_in_settings(run: Run) -> str | None:
+    """Return which optimizer or setting has no update for several models at once; the run stays as it is."""
     experiment: Experiment = run.experiment
     own, config = experiment.optimizer, experiment.train
     if type(run.optimizer) not in UPDATES:
@@ -59,11 +60,10 @@ def _in_the_model(run: Run) -> str | None:
     inputs, targets = (part[:EXAMPLES] for part in run.batch())
     run.model.train()
     try:
-        together = _two_at_once(run, inputs, targets)
+        return _difference(run, _two_at_once(run, inputs, targets), inputs, targets)
     except Exception as error:  # whatever a model does that vmap does not follow
         said = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.func.vmap does not run the model ({said[0].partition('. ')[0]})"
-    return _difference(run, together, inputs, targets)
 
 
 def _two_at_once(run: Run, inputs: Tensor, targets: Tensor) -> Captured:

@@ -279,10 +279,9 @@ def stack(model: nn.Module, optimizers: Sequence[Trainable], values: dict[str, T
     Raises:
         UsageError: Some optimizer is not one of :data:`UPDATES`, or not of the first one's kind.
     """
-    first = optimizers[0]
-    same = [each for each in optimizers if isinstance(each, Base) and type(each) is type(first)]
-    if not isinstance(first, Base) or type(first) not in UPDATES or len(same) < len(optimizers):
-        known = ", ".join(kind.algorithm for kind in UPDATES)
-        name = type(first).__name__
-        raise UsageError(f"{name} has no update for several models at once; these have one: {known}")
-    return UPDATES[type(first)](model, same, values)
+    kind = next((kind for kind in UPDATES if all(type(each) is kind for each in optimizers)), None)
+    if kind is None:
+        raise UsageError(
+            f"several models at once are updated by one of {', '.join(k.algorithm for k in UPDATES)}"
+        )
+    return UPDATES[kind](model, [each for each in optimizers if isinstance(each, Base)], values)

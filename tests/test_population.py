@@ -312,11 +312,14 @@ def test_members_differ_in_hyperparameters_and_seed_only(data: Dataset) -> None:
         results([experiment(), experiment(**{"train.batch_size": 8})], data)
 
 
-def test_an_optimizer_without_such_an_update_is_refused(data: Dataset) -> None:
-    with pytest.raises(
-        UsageError, match="Lion has no update for several models at once; these have one: sgd,"
-    ):
-        results(members(2, **{"optimizer.name": "lion"}), data)
+def test_what_has_no_such_update_is_refused(data: Dataset) -> None:
+    lion = members(2, **{"optimizer.name": "lion"})
+    with pytest.raises(UsageError, match="lion has no update for several models at once; use train for each"):
+        results(lion, data)
+    with pytest.raises(UsageError, match="are updated by one of sgd, adamw, kfac, shampoo"):
+        Population(runs(lion, data))
+    with pytest.raises(UsageError, match="the exact Fisher needs backward passes of its own"):
+        results(members(2, **{"optimizer.fisher": "exact"}), data)
 
 
 class Twice(nn.Module):
