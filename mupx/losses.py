@@ -76,7 +76,9 @@ class SquaredError:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over samples of half the squared distance."""
-        wanted = targets if targets.is_floating_point() else F.one_hot(targets, outputs.shape[-1])
+        wanted = targets
+        if not targets.is_floating_point():  # not F.one_hot, which looks at the labels: vmap cannot follow
+            wanted = torch.zeros_like(outputs).scatter(-1, targets.unsqueeze(-1), 1.0)
         return 0.5 * (outputs - wanted.to(outputs.dtype)).square().sum() / self.normaliser(targets)
 
     def mask(self, targets: Tensor) -> Tensor | None:

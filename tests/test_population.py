@@ -141,7 +141,7 @@ def test_a_population_of_one_equals_the_ordinary_loop(data: Dataset, case: str) 
     assert_equal_over(members(1, **CASES[case]), data)
 
 
-@pytest.mark.parametrize("case", ["sgd", "kfac-trace", "shampoo"])
+@pytest.mark.parametrize("case", ["sgd", "kfac-trace", "kfac-squares", "shampoo"])
 def test_members_of_other_seeds_see_their_own_batches(data: Dataset, case: str) -> None:
     seeds = [each.updated({"train.seed": seed}) for seed, each in enumerate(members(**CASES[case]))]
     population = assert_equal_over(seeds, data)
