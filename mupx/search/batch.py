@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from mupx.config import Hyperparameters
 from mupx.search import sampling
-from mupx.search.objective import Evaluation, MemberReport, Outcome
-from mupx.search.trials import Ended, Reporter, TrialInfo, stops_the_search
+from mupx.search.objective import Evaluation, MemberReport, Outcome, together_or_none
+from mupx.search.trials import Ended, Reporter, TrialInfo
 from mupx.study import write_down
 
 if TYPE_CHECKING:
@@ -76,12 +76,8 @@ def _evaluate(
         return reporters[member](step, total, value)
 
     started = time.perf_counter()
-    try:
-        outcomes = evaluation.together(chosen, report, sampling.RUNGS)
-    except Exception as error:  # a single trial can do what a population cannot, or fails by itself
-        if stops_the_search(error):
-            raise
-        outcomes = [None] * len(trials)
+    together = partial(evaluation.together, chosen, report, sampling.RUNGS)
+    outcomes = together_or_none(together, len(trials))
     share = (time.perf_counter() - started) / len(trials)
 
     def outcome_of(member: int) -> Outcome:

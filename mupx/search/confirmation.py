@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mupx.config import Experiment, Hyperparameters
-from mupx.search.objective import Proxy, told_value
+from mupx.config import Hyperparameters
+from mupx.search.objective import Outcome, Proxy, together_or_none, told_value
 from mupx.study import finished
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ def missing(study: Study, leaders: list[FrozenTrial]) -> list[tuple[FrozenTrial,
     return [(t, i) for t in leaders for i in range(len(known.get(t.number, ())), SEEDS)]
 
 
-def confirm(study: Study, leaders: list[FrozenTrial], proxy: Proxy, progress: Progress | None = None) -> None:
+def confirm(
+    study: Study,
+    leaders: list[FrozenTrial],
+    proxy: Proxy,
+    progress: Progress | None = None,
+    population: int = 1,
+) -> None:
     """Run the missing seeds of the leaders and keep what they give.
 
     Args:
@@ -51,24 +57,43 @@ def confirm(study: Study, leaders: list[FrozenTrial], proxy: Proxy, progress: Pr
         leaders: The trials to confirm.
         proxy: Trains the experiment; its seed is replaced.
         progress: Called after each run.
+        population: How many of the runs are trained in lock-step.
     """
     wanted = missing(study, leaders)
-    for done, (trial, index) in enumerate(wanted, start=1):
+    for first in range(0, len(wanted), population):
         started = time.perf_counter()
-        value = _value(study, trial, proxy, proxy.experiment.train.seed + FIRST + index)
-        known = values(study)
-        known[trial.number] = [*known.get(trial.number, ()), value]
-        study.set_user_attr(ATTRIBUTE, {str(number): found for number, found in known.items()})
-        spent = study.user_attrs.get(SECONDS, 0.0) + time.perf_counter() - started
-        study.set_user_attr(SECONDS, spent)
-        if progress is not None:
-            progress(done, len(wanted), trial.number, value)
+        some = wanted[first : first + population]
+        found = _values(study, some, proxy)
+        share = (time.perf_counter() - started) / len(some)
+        for done, ((trial, _), value) in enumerate(zip(some, found, strict=True), start=first + 1):
+            _keep(study, trial, value, share)
+            if progress is not None:
+                progress(done, len(wanted), trial.number, value)
 
 
-def _value(study: Study, trial: FrozenTrial, proxy: Proxy, seed: int) -> float:
-    experiment: Experiment = proxy.experiment.updated({"train.seed": seed})
-    base = experiment.hyperparameters.model_dump()
-    outcome = replace(proxy, experiment=experiment)(
-        Hyperparameters(**{**base, **trial.params}), lambda step, total, value: False
-    )
-    return told_value(outcome, finished(study))
+def _values(study: Study, some: list[tuple[FrozenTrial, int]], proxy: Proxy) -> list[float]:
+    """Return the objective of some trials on some of the seeds."""
+    base = proxy.experiment.hyperparameters.model_dump()
+    chosen = [Hyperparameters(**{**base, **trial.params}) for trial, _ in some]
+    seeds = [proxy.experiment.train.seed + FIRST + index for _, index in some]
+    outcomes: list[Outcome | None] = [None] * len(some)
+    if len(some) > 1:
+        outcomes = together_or_none(lambda: proxy.together(chosen, _go_on, 0, seeds), len(some))
+    found = []
+    for hyper, seed, outcome in zip(chosen, seeds, outcomes, strict=True):
+        if outcome is None:
+            experiment = proxy.experiment.updated({"train.seed": seed})
+            outcome = replace(proxy, experiment=experiment)(hyper, _go_on)
+        found.append(told_value(outcome, finished(study)))
+    return found
+
+
+def _go_on(*values: float) -> bool:
+    return False
+
+
+def _keep(study: Study, trial: FrozenTrial, value: float, seconds: float) -> None:
+    known = values(study)
+    known[trial.number] = [*known.get(trial.number, ()), value]
+    study.set_user_attr(ATTRIBUTE, {str(number): found for number, found in known.items()})
+    study.set_user_attr(SECONDS, study.user_attrs.get(SECONDS, 0.0) + seconds)

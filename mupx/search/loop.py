@@ -26,8 +26,16 @@ from mupx.errors import (
 from mupx.search import choice, confirmation, sampling
 from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.choice import Choice, Edge
-from mupx.search.objective import Evaluation, Foreign, Outcome, Proxy, told_value, without_test
-from mupx.search.trials import Ended, Reporter, TrialInfo, stops_the_search
+from mupx.search.objective import (
+    Evaluation,
+    Foreign,
+    Outcome,
+    Proxy,
+    stops_the_search,
+    told_value,
+    without_test,
+)
+from mupx.search.trials import Ended, Reporter, TrialInfo
 from mupx.study import (
     default_url,
     finished,
@@ -129,8 +137,9 @@ def tune(
         if study is None or len(finished(study)) < experiment.search.trials:
             foreign = Foreign(objective, untrained) if objective else None
             study = _continue(experiment, data, foreign, url, name, identity, run_dir, progress, remark)
+            remark = None  # it has been said
         if experiment.search.confirm:
-            _confirm(study, experiment, data, confirmed)
+            _confirm(study, experiment, data, confirmed, remark)
         return _result(study, experiment, run_dir, url)
 
 
@@ -235,13 +244,18 @@ def _proxy(experiment: Experiment, data: Dataset | None) -> tuple[Evaluation, di
 
 
 def _confirm(
-    study: Study, experiment: Experiment, data: Dataset | None, progress: confirmation.Progress | None
+    study: Study,
+    experiment: Experiment,
+    data: Dataset | None,
+    progress: confirmation.Progress | None,
+    remark: Callable[[str], None] | None,
 ) -> None:
     leaders = choice.usable(study)[: experiment.search.confirm]
     if confirmation.missing(study, leaders):
         proxy, *_ = _proxy(experiment, data)
         assert isinstance(proxy, Proxy)
-        confirmation.confirm(study, leaders, proxy, progress)
+        population = 1 if _batch(experiment, proxy, remark) is None else experiment.search.population
+        confirmation.confirm(study, leaders, proxy, progress, population)
 
 
 def _describe(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mupx.config import Experiment, Hyperparameters
+from mupx.errors import MupxError, UserCodeError
 from mupx.layers import Parameter
 from mupx.recipe import Recipe
 
@@ -125,13 +126,20 @@ class Proxy:
         return stackable.obstacle(run)
 
     def together(
-        self, hyperparameters: Sequence[Hyperparameters], report: MemberReport, reports: int
+        self,
+        hyperparameters: Sequence[Hyperparameters],
+        report: MemberReport,
+        reports: int,
+        seeds: Sequence[int] | None = None,
     ) -> list[Outcome | None]:
-        """Train in lock-step; None for what has to be evaluated by itself."""
+        """Train in lock-step, where given on seeds of their own; None for what has to be run by itself."""
         from mupx import population
 
+        experiments = [self._with(each) for each in hyperparameters]
+        if seeds is not None:
+            experiments = [e.updated({"train.seed": s}) for e, s in zip(experiments, seeds, strict=True)]
         results = population.train_population(
-            [self._with(each) for each in hyperparameters],
+            experiments,
             data=self.data,
             parameters=self.parameters,
             report=report,
@@ -157,6 +165,25 @@ class Proxy:
             result.untrained.get(objective),
             {**attributes, "steps": result.steps},
         )
+
+
+def stops_the_search(error: Exception) -> bool:
+    """Whether an exception concerns every trial: mupx's own do, those of the user's code may not."""
+    return isinstance(error, MupxError) and not isinstance(error, UserCodeError)
+
+
+def together_or_none(evaluate: Callable[[], list[Outcome | None]], members: int) -> list[Outcome | None]:
+    """Return what a population finds, or None for each where it fails.
+
+    A single trial can do what a population cannot, such as fit into the memory; or it fails by itself, and
+    it is known which one.
+    """
+    try:
+        return evaluate()
+    except Exception as error:
+        if stops_the_search(error):
+            raise
+        return [None] * members
 
 
 def _outcome(name: str) -> Literal["finished", "diverged", "pruned"]:

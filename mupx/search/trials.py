@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from mupx.errors import MupxError, UserCodeError
 from mupx.search import sampling
 from mupx.search.objective import Outcome
 from mupx.study import hold, storage_errors
@@ -105,8 +104,3 @@ class Reporter:
         if time.monotonic() - self.renewed > RENEW:
             hold(self.trial)
             self.renewed = time.monotonic()
-
-
-def stops_the_search(error: Exception) -> bool:
-    """Whether an exception concerns every trial: mupx's own do, those of the user's code may not."""
-    return isinstance(error, MupxError) and not isinstance(error, UserCodeError)

@@ -101,6 +101,23 @@ def test_a_stopped_confirmation_continues_to_the_undisturbed_one(tmp_path: Path)
     )
 
 
+def test_a_population_confirms_to_the_same_values(tmp_path: Path) -> None:
+    one_by_one = {"search.sampler": "qmc", "train.dtype": "float64"}
+    together = one_by_one | {"search.population": 4}  # six runs: a population of four and one of two
+    seen: list[tuple[int, int]] = []
+    tune(experiment(2, **one_by_one), run_dir=tmp_path / "a")
+    tune(
+        experiment(2, **together),
+        run_dir=tmp_path / "b",
+        confirmed=lambda done, wanted, trial, value: seen.append((done, wanted)),
+    )
+    assert seen == [(i + 1, 6) for i in range(6)]
+    alone = confirmation.values(study_in(tmp_path / "a"))
+    for number, values in confirmation.values(study_in(tmp_path / "b")).items():
+        assert values == pytest.approx(alone[number], rel=1e-8)
+    assert len(alone) == 2
+
+
 def test_an_objective_of_ones_own_cannot_be_confirmed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not take"):
         tune(experiment(2), run_dir=tmp_path, objective=lambda hyperparameters: 1.0)
