@@ -17,7 +17,8 @@ from mupx.groups import check_groups
 from mupx.linalg import over, trace
 from mupx.losses import Loss
 from mupx.run_folder import Metrics
-from mupx.stacked import pick, stack
+from mupx.stacked import stack
+from mupx.stacked.base import pick
 from mupx.training import Run
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_

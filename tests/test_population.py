@@ -193,6 +193,22 @@ def test_the_first_layer_s_factor_is_kept_once_where_all_see_the_same_batches(da
         assert len(averages["hidden1"]["A"]) == 3
 
 
+def test_one_decomposition_of_that_factor_serves_every_damping(data: Dataset) -> None:
+    """From some number of members on, where it is used for few steps; the numbers stay the same."""
+    for count, change in ((3, {}), (9, {"optimizer.refresh": 1}), (9, {"optimizer.refresh": "40!"})):
+        chosen = [
+            experiment(
+                **CASES["kfac-trace"],
+                **change,
+                **{"hyperparameters.lr": 0.01, "hyperparameters.damping": 0.1 * 1.3**i},
+            )
+            for i in range(count)
+        ]
+        population = assert_equal_over(chosen, data, steps=6)
+        used = population.update.solvers["input"]  # type: ignore[attr-defined]
+        assert ("vectors_A" in used) == (change == {"optimizer.refresh": 1})
+
+
 def test_another_member_s_damping_shows(data: Dataset) -> None:
     """The wrong way: hyperparameters in another order than the members."""
     population, alone = (

@@ -1,0 +1,138 @@
+"""Updates of several models at once: the optimizers' pure functions with a leading axis of members.
+
+Shapes: parameters and gradients ``[P, *shape]``, hyperparameters ``[P]``, factors ``[P, d, d]``, or
+``[1, d, d]`` where all members have the same one: that of the inputs of a first layer, if they see the
+same batches. Members are at the same step, so there is one clock for all. Factors are kept dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupx.linalg import over
+from mupx.optim.base import Base, adam_direction, decayed, heavy_ball
+
+Group = dict[str, Any]
+Factors = Mapping[str, Mapping[str, Tensor]]  # layer → side, A or B → factor
+NUMBERS = ("lr", "reference_lr", "damping_A", "damping_B", "eps", "weight_decay", "momentum")
+SKIPPED_AT_ZERO = ("weight_decay", "momentum")  # as one float 0.0 they cost nothing
+
+
+class Stacked:
+    """P optimizers of one structure; their groups' numbers may differ.
+
+    Args:
+        model: The model of the first.
+        optimizers: One per member, not used yet. The structure is that of the first.
+        values: Name → ``[P, *shape]``, updated in place.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Base], values: dict[str, Tensor]) -> None:
+        self.values, self.shell = values, optimizers[0]
+        self.groups = _stack_groups(optimizers, values)
+        self.state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
+        self.clock = {"step": 0}
+
+    @property
+    def captured(self) -> list[str]:
+        """Names of the layers whose factors the coming step asks for."""
+        return []
+
+    @torch.no_grad()
+    def advance(self, gradients: Mapping[str, Tensor], factors: Factors, schedule: float) -> None:
+        """Do one step, as :meth:`mupx.optim.base.Base.step`.
+
+        Args:
+            gradients: Name → ``[P, *shape]``, all of them finite.
+            factors: What :attr:`captured` asks for.
+            schedule: Factor on every learning rate.
+        """
+        self.refresh(factors)
+        for name, gradient in gradients.items():
+            value, group = self.values[name], self.groups[name]
+            lr, decay = group["lr"] * schedule, group["weight_decay"]
+            mode, reference = group["weight_decay_mode"], group["reference_lr"]
+            kept, gradient = decayed(value, gradient, mode, decay, lr, reference)
+            own = group["algorithm"] == self.shell.algorithm
+            update = (self.direction if own else self.adam)(name, gradient, group)
+            if isinstance(kept, Tensor):
+                value.mul_(kept)
+            value.sub_(over(lr, update) * update)
+        self.clock["step"] += 1
+
+    def keep(self, members: Tensor) -> None:
+        """Go on with some of the members only.
+
+        Args:
+            members: Their positions.
+        """
+        for kept in (self.groups, self.state):
+            for name, entries in kept.items():
+                kept[name] = pick(entries, members)
+
+    def refresh(self, factors: Factors) -> None:
+        """Renew what the directions of this step need."""
+
+    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
+        """Return the update of one parameter."""
+        raise NotImplementedError
+
+    def adam(self, name: str, gradient: Tensor, group: Group) -> Tensor:
+        """Return Adam's direction."""
+        state, zeros = self.state[name], torch.zeros_like(gradient)
+        mean, square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
+        update, state["exp_avg"], state["exp_avg_sq"] = adam_direction(
+            gradient, mean, square, self.clock["step"] + 1, group["betas"], group["eps"]
+        )
+        return update
+
+    def momentum(self, name: str, update: Tensor, group: Group) -> Tensor:
+        """Return the heavy-ball buffer after adding ``update``; the update where no member has momentum."""
+        if isinstance(group["momentum"], float):
+            return update
+        state = self.state[name]
+        state["momentum_buffer"] = heavy_ball(update, state.get("momentum_buffer"), group["momentum"])
+        return state["momentum_buffer"]
+
+
+def pick(entries: Mapping[str, Any], members: Tensor) -> dict[str, Any]:
+    """Return the entries of some members; what all share, and what is no tensor, stays."""
+    return {
+        key: value[members] if isinstance(value, Tensor) and len(value) > 1 else value
+        for key, value in entries.items()
+    }
+
+
+def _stack_groups(optimizers: Iterable[Base], values: Mapping[str, Tensor]) -> dict[str, Group]:
+    named = [{name: g for g in o.param_groups for name in g["param_names"]} for o in optimizers]
+    groups = {}
+    for name, value in values.items():
+        own = [groups_of[name] for groups_of in named]
+        numbers: Group = {
+            key: torch.tensor([float(group[key]) for group in own], dtype=torch.double).to(value)
+            for key in NUMBERS
+            if key in own[0]
+        }
+        numbers |= {key: 0.0 for key in SKIPPED_AT_ZERO if not numbers[key].any()}
+        groups[name] = {**{k: v for k, v in own[0].items() if k != "params"}, **numbers}
+    return groups
+
+
+class StackedSGD(Stacked):
+    """SGD with momentum."""
+
+    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
+        """Return the momentum buffer."""
+        return self.momentum(name, gradient, group)
+
+
+class StackedAdamW(Stacked):
+    """AdamW."""
+
+    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
+        """Return m̂ / (√v̂ + eps)."""
+        return self.adam(name, gradient, group)

@@ -1,0 +1,120 @@
+"""K-FAC of several models at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mupx.curvature import factorable_layers
+from mupx.linalg import eigh
+from mupx.lowrank import CHOLESKY, EIGH
+from mupx.optim.base import Base, running_average
+from mupx.optim.kfac import KFAC
+from mupx.preconditioning import (
+    Solver,
+    build_solver,
+    damped_side,
+    precondition,
+    precondition_bias,
+    ridges,
+    side_of,
+)
+from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, refresh_interval
+from mupx.stacked.base import Factors, Group, Stacked, pick
+
+
+class StackedKFAC(Stacked):
+    """K-FAC with the empirical Fisher."""
+
+    shell: KFAC
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Base], values: dict[str, Tensor]) -> None:
+        super().__init__(model, optimizers, values)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.weights: dict[str, str] = {}  # layer → its weight, and so on
+        self.biases: dict[str, str] = {}
+        self.layer_of: dict[str, str] = {}
+        for layer, module in factorable_layers(model).items():
+            weight, bias = names[id(module.weight)], names.get(id(module.bias), "")
+            if self.groups[weight]["algorithm"] == self.shell.algorithm:
+                self.weights[layer], self.biases[layer] = weight, bias
+                self.layer_of |= dict.fromkeys((weight, bias), layer)
+        self.averages: dict[str, dict[str, Tensor]] = {layer: {} for layer in self.weights}
+        self.solvers: dict[str, Solver] = {}
+
+    @property
+    def captured(self) -> list[str]:
+        """The layers it treats, where new factors are averaged in."""
+        shell = self.shell
+        due = needs_statistics(self.clock, shell.refresh, shell.staleness, shell.statistics)
+        return list(self.weights) if due else []
+
+    def keep(self, members: Tensor) -> None:
+        """Go on with some of the members only."""
+        super().keep(members)
+        for kept in (self.averages, self.solvers):
+            for layer, entries in kept.items():
+                kept[layer] = pick(entries, members)
+
+    def refresh(self, factors: Factors) -> None:
+        """Average new factors in and rebuild the solvers, each where its step has come."""
+        shell, clock, step = self.shell, self.clock, self.clock["step"]
+        if factors:
+            seen, gap = averages(clock), step - averaged_at(clock)
+            for layer, pair in factors.items():
+                kept = self.averages[layer]
+                for side, new in pair.items():
+                    kept[side] = running_average(kept.get(side), new, shell.ema, seen, gap)
+            clock |= {"averages": seen + 1, "averaged_at": step}
+        if needs_refresh(clock, shell.refresh, shell.staleness):
+            clock["refreshed_at"] = step
+            self.solvers = {layer: self._solver(layer) for layer in self.weights}
+
+    def _solver(self, layer: str) -> Solver:
+        group, bias = self.groups[self.weights[layer]], self.groups.get(self.biases[layer])
+        A, B = self.averages[layer]["A"], self.averages[layer]["B"]
+        ridge_A, ridge_B, rule = group["damping_A"], group["damping_B"], self.shell.damping_rule
+        if rule == "exact":
+            return build_solver(A, B, None, ridge_B, None if bias is None else bias["damping_B"], rule)[0]
+        rho_A, rho_B = ridges(A, B, ridge_A, ridge_B, rule)
+        return {**self._input_side(A, B, rho_A), **damped_side("B", B, rho_B, solve=False)[0]}
+
+    def _input_side(self, A: Tensor, B: Tensor, rho: Tensor) -> Solver:
+        """Return (A + ρ_A I)⁻¹ of all members, in the eigenbasis of a factor they share where that pays."""
+        shell, members = self.shell, len(B)
+        interval = refresh_interval(self.clock["step"], shell.refresh, shell.staleness)
+        if len(A) == members or not eigenbasis_pays(A.shape[-1], B.shape[-1], members, interval):
+            return damped_side("A", A.expand(members, -1, -1), rho, solve=False)[0]
+        values, vectors, ok = eigh(A)
+        return {"vectors_A": vectors, "inner_A": ok[:, None] / (values + rho[:, None])}
+
+    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
+        """Return the momentum of the preconditioned gradient."""
+        layer = self.layer_of[name]
+        solver = self.solvers[layer]
+        if name == self.biases[layer]:
+            return self.momentum(name, precondition_bias(gradient, solver), group)
+        return self.momentum(name, _precondition(gradient.flatten(2), solver).view_as(gradient), group)
+
+
+def eigenbasis_pays(d: int, d_out: int, members: int, interval: int) -> bool:
+    """Whether one decomposition of a factor that all members share is cheaper than an inverse for each.
+
+    All A + ρ I have the eigenvectors of A, so one decomposition serves every ridge; but each step then
+    multiplies by them twice, where it multiplies by an inverse once.
+
+    Args:
+        d: Units on the side of the factor.
+        d_out: Units on the other side.
+        members: Number of ridges.
+        interval: Steps until the next refresh.
+    """
+    return EIGH * d**3 + 2 * d**2 * d_out * members * interval < members * CHOLESKY * d**3
+
+
+def _precondition(gradient: Tensor, solver: Solver) -> Tensor:
+    if "inner_A" not in solver:
+        return precondition(gradient, solver)
+    Q = solver["vectors_A"][0]
+    return (((side_of(solver, "B") @ gradient) @ Q) * solver["inner_A"][:, None]) @ Q.mT
