@@ -286,6 +286,29 @@ def test_reaping_takes_the_dead_and_the_expired_and_spares_the_living(tmp_path, 
     assert store.finished(study) == []
 
 
+def test_reaping_tells_what_was_written_down(tmp_path, sleeper):
+    study = make(tmp_path / "a.db")
+    living = running(study, pid=sleeper.pid, start=store._born(sleeper.pid))
+    complete, pruned, failed, lost = (running(study, pid=dead_pid()) for _ in range(4))
+    study._storage.set_trial_intermediate_value(study.trials[pruned]._trial_id, 5, 0.75)
+    study._storage.set_trial_user_attr(study.trials[failed]._trial_id, "outcome", "failed")
+    store.write_down(
+        study,
+        {
+            living: ("COMPLETE", 0.1),  # its process tells it
+            complete: ("COMPLETE", 0.5),
+            pruned: ("PRUNED", None),
+            failed: ("FAIL", None),
+        },
+    )
+    assert store.reap(study) == [living]
+    states = [(t.state.name, t.value, t.user_attrs.get("outcome")) for t in study.trials]
+    assert states[complete] == ("COMPLETE", 0.5, None)
+    assert states[pruned] == ("PRUNED", 0.75, None)
+    assert states[failed] == ("FAIL", None, "failed")
+    assert states[lost] == ("FAIL", None, "lost")
+
+
 def test_a_killed_process_nobody_has_waited_for_is_dead(tmp_path, sleeper):
     study = make(tmp_path / "a.db")
     number = running(study, pid=sleeper.pid, start=store._born(sleeper.pid))
