@@ -37,8 +37,8 @@ def obstacle_in_settings(run: Run) -> str | None:
     own, config = experiment.optimizer, experiment.train
     if type(run.optimizer) not in UPDATES:
         return f"{own.name} has no update for several models at once"
-    if isinstance(run.optimizer, CapturedOptimizer) and own.fisher != "empirical":
-        return f"the {own.fisher} Fisher needs backward passes of its own"
+    if isinstance(run.optimizer, CapturedOptimizer) and run.optimizer.fisher in ("mc", "exact"):
+        return f"the {run.optimizer.fisher} Fisher needs backward passes of its own"
     refused = {
         "optimizer.solver": own.solver == "low-rank" and own.solver,
         "optimizer.graft": own.graft != "none" and own.graft,

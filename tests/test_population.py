@@ -67,6 +67,9 @@ CASES: dict[str, dict[str, Any]] = {
     "kfac-phases": {"optimizer.name": "kfac", "optimizer.refresh": "2:30%,6!", "optimizer.statistics": 3},
     "kfac-l2": {"optimizer.name": "kfac", "optimizer.weight_decay_mode": "l2", "optimizer.ema": 0.0},
     "kfac-squares": {"optimizer.name": "kfac", "train.loss": "squared_error"},
+    "foof": {"optimizer.name": "foof", "optimizer.fisher": "mc"},  # which it has no use for
+    "lion": {"optimizer.name": "lion"},
+    "adam-atan2": {"optimizer.name": "adam-atan2", "optimizer.args": {"b": 2.0}},
     "shampoo": {"optimizer.name": "shampoo"},
     "shampoo-blocks": {
         "optimizer.name": "shampoo",
@@ -193,7 +196,8 @@ def test_the_first_layer_s_factor_is_kept_once_where_all_see_the_same_batches(da
         assert len(averages["hidden1"]["A"]) == 3
 
 
-def test_one_decomposition_of_that_factor_serves_every_damping(data: Dataset) -> None:
+@pytest.mark.parametrize("case", ["kfac-trace", "foof"])
+def test_one_decomposition_of_that_factor_serves_every_damping(data: Dataset, case: str) -> None:
     """From some number of members on, where it is used for few steps; the numbers stay the same."""
     for count, change in ((3, {}), (9, {"optimizer.refresh": 1}), (9, {"optimizer.refresh": "40!"})):
         chosen = [
@@ -329,11 +333,11 @@ def test_members_differ_in_hyperparameters_and_seed_only(data: Dataset) -> None:
 
 
 def test_what_has_no_such_update_is_refused(data: Dataset) -> None:
-    lion = members(2, **{"optimizer.name": "lion"})
-    with pytest.raises(UsageError, match="lion has no update for several models at once; use train for each"):
-        results(lion, data)
-    with pytest.raises(UsageError, match="are updated by one of sgd, adamw, kfac, shampoo"):
-        Population(runs(lion, data))
+    muon = members(2, **{"optimizer.name": "muon"})
+    with pytest.raises(UsageError, match="muon has no update for several models at once; use train for each"):
+        results(muon, data)
+    with pytest.raises(UsageError, match="are updated by one of sgd, adamw, lion, adam-atan2, kfac, foof"):
+        Population(runs(muon, data))
     with pytest.raises(UsageError, match="the exact Fisher needs backward passes of its own"):
         results(members(2, **{"optimizer.fisher": "exact"}), data)
 
@@ -403,7 +407,7 @@ OBSTACLES = [
     (Unused, {}, "hidden.weight gets no gradient"),
     (Frozen, {}, "hidden.weight is not trained"),
     (normalised, {}, r"1 \(BatchNorm1d\) keeps running statistics in training"),
-    (None, {"optimizer.name": "lion"}, "lion has no update for several models at once"),
+    (None, {"optimizer.name": "muon"}, "muon has no update for several models at once"),
     (None, {"optimizer.fisher": "mc"}, "the mc Fisher needs backward passes of its own"),
     (None, {"optimizer.solver": "low-rank"}, "optimizer.solver = low-rank has no update"),
     (None, {"optimizer.graft": "sgd"}, "optimizer.graft = sgd has no update"),

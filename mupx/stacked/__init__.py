@@ -8,19 +8,26 @@ from torch import Tensor, nn
 
 from mupx.errors import UsageError
 from mupx.optim.adam import AdamW
+from mupx.optim.adam_atan2 import AdamAtan2
 from mupx.optim.adapter import Trainable
 from mupx.optim.base import Base
+from mupx.optim.foof import FOOF
 from mupx.optim.kfac import KFAC
+from mupx.optim.lion import Lion
 from mupx.optim.sgd import SGD
 from mupx.optim.shampoo import HalfShampoo, LeftShampoo, RightShampoo, Shampoo
-from mupx.stacked.base import Stacked, StackedAdamW, StackedSGD
-from mupx.stacked.kfac import StackedKFAC
+from mupx.stacked.base import Stacked
+from mupx.stacked.entrywise import StackedAdamAtan2, StackedAdamW, StackedLion, StackedSGD
+from mupx.stacked.kfac import StackedFOOF, StackedKFAC
 from mupx.stacked.shampoo import StackedShampoo
 
 UPDATES: Mapping[type[Base], type[Stacked]] = {
     SGD: StackedSGD,
     AdamW: StackedAdamW,
+    Lion: StackedLion,
+    AdamAtan2: StackedAdamAtan2,
     KFAC: StackedKFAC,
+    FOOF: StackedFOOF,
     Shampoo: StackedShampoo,
     HalfShampoo: StackedShampoo,
     LeftShampoo: StackedShampoo,

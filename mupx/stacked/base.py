@@ -120,19 +120,3 @@ def _stack_groups(optimizers: Iterable[Base], values: Mapping[str, Tensor]) -> d
         numbers |= {key: 0.0 for key in SKIPPED_AT_ZERO if not numbers[key].any()}
         groups[name] = {**{k: v for k, v in own[0].items() if k != "params"}, **numbers}
     return groups
-
-
-class StackedSGD(Stacked):
-    """SGD with momentum."""
-
-    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
-        """Return the momentum buffer."""
-        return self.momentum(name, gradient, group)
-
-
-class StackedAdamW(Stacked):
-    """AdamW."""
-
-    def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
-        """Return m̂ / (√v̂ + eps)."""
-        return self.adam(name, gradient, group)

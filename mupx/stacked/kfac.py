@@ -1,4 +1,4 @@
-"""K-FAC of several models at once."""
+"""K-FAC and FOOF of several models at once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from mupx.curvature import factorable_layers
 from mupx.linalg import eigh
 from mupx.lowrank import CHOLESKY, EIGH
 from mupx.optim.base import Base, running_average
-from mupx.optim.kfac import KFAC
+from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Solver,
     build_solver,
     damped_side,
     precondition,
     precondition_bias,
+    ridge_of,
     ridges,
     side_of,
+    times,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, refresh_interval
 from mupx.stacked.base import Factors, Group, Stacked, pick
@@ -27,7 +29,7 @@ from mupx.stacked.base import Factors, Group, Stacked, pick
 class StackedKFAC(Stacked):
     """K-FAC with the empirical Fisher."""
 
-    shell: KFAC
+    shell: Kronecker
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Base], values: dict[str, Tensor]) -> None:
         super().__init__(model, optimizers, values)
@@ -64,27 +66,28 @@ class StackedKFAC(Stacked):
             seen, gap = averages(clock), step - averaged_at(clock)
             for layer, pair in factors.items():
                 kept = self.averages[layer]
-                for side, new in pair.items():
-                    kept[side] = running_average(kept.get(side), new, shell.ema, seen, gap)
+                for side in shell.sides:
+                    kept[side] = running_average(kept.get(side), pair[side], shell.ema, seen, gap)
             clock |= {"averages": seen + 1, "averaged_at": step}
         if needs_refresh(clock, shell.refresh, shell.staleness):
             clock["refreshed_at"] = step
-            self.solvers = {layer: self._solver(layer) for layer in self.weights}
+            self.solvers = {layer: self.solver(layer) for layer in self.weights}
 
-    def _solver(self, layer: str) -> Solver:
+    def solver(self, layer: str) -> Solver:
+        """Return what preconditions one layer of all members until the next refresh."""
         group, bias = self.groups[self.weights[layer]], self.groups.get(self.biases[layer])
         A, B = self.averages[layer]["A"], self.averages[layer]["B"]
         ridge_A, ridge_B, rule = group["damping_A"], group["damping_B"], self.shell.damping_rule
         if rule == "exact":
             return build_solver(A, B, None, ridge_B, None if bias is None else bias["damping_B"], rule)[0]
         rho_A, rho_B = ridges(A, B, ridge_A, ridge_B, rule)
-        return {**self._input_side(A, B, rho_A), **damped_side("B", B, rho_B, solve=False)[0]}
+        return {**self.input_side(layer, A, rho_A), **damped_side("B", B, rho_B, solve=False)[0]}
 
-    def _input_side(self, A: Tensor, B: Tensor, rho: Tensor) -> Solver:
-        """Return (A + ρ_A I)⁻¹ of all members, in the eigenbasis of a factor they share where that pays."""
-        shell, members = self.shell, len(B)
+    def input_side(self, layer: str, A: Tensor, rho: Tensor) -> Solver:
+        """Return (A + ρ I)⁻¹ of all members, in the eigenbasis of a factor they share where that pays."""
+        shell, (members, d_out) = self.shell, self.values[self.weights[layer]].shape[:2]
         interval = refresh_interval(self.clock["step"], shell.refresh, shell.staleness)
-        if len(A) == members or not eigenbasis_pays(A.shape[-1], B.shape[-1], members, interval):
+        if len(A) == members or not eigenbasis_pays(A.shape[-1], d_out, members, interval):
             return damped_side("A", A.expand(members, -1, -1), rho, solve=False)[0]
         values, vectors, ok = eigh(A)
         return {"vectors_A": vectors, "inner_A": ok[:, None] / (values + rho[:, None])}
@@ -92,10 +95,46 @@ class StackedKFAC(Stacked):
     def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
         """Return the momentum of the preconditioned gradient."""
         layer = self.layer_of[name]
-        solver = self.solvers[layer]
         if name == self.biases[layer]:
-            return self.momentum(name, precondition_bias(gradient, solver), group)
-        return self.momentum(name, _precondition(gradient.flatten(2), solver).view_as(gradient), group)
+            update = self.precondition_bias(gradient, self.solvers[layer])
+        else:
+            update = self.precondition(gradient.flatten(2), self.solvers[layer]).view_as(gradient)
+        return self.momentum(name, update, group)
+
+    def precondition(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return (B + ρ_B)⁻¹ G (A + ρ_A)⁻¹, or the exactly damped G."""
+        if "inner" in solver:
+            return precondition(gradient, solver)
+        return times_input_side(side_of(solver, "B") @ gradient, solver)
+
+    def precondition_bias(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return (B + ρ_B)⁻¹ g."""
+        return precondition_bias(gradient, solver)
+
+
+class StackedFOOF(StackedKFAC):
+    """FOOF: the input side alone."""
+
+    def solver(self, layer: str) -> Solver:
+        """Return (A + ρ_A)⁻¹."""
+        A, damping = self.averages[layer]["A"], self.groups[self.weights[layer]]["damping_A"]
+        return self.input_side(layer, A, ridge_of(A, damping, self.shell.damping_rule))
+
+    def precondition(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return G (A + ρ_A)⁻¹."""
+        return times_input_side(gradient, solver)
+
+    def precondition_bias(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return g."""
+        return gradient
+
+
+def times_input_side(matrix: Tensor, solver: Solver) -> Tensor:
+    """Return X (A + ρ_A)⁻¹ for ``[P, d_out, d_in]``."""
+    if "inner_A" not in solver:
+        return times(matrix, side_of(solver, "A"))
+    Q = solver["vectors_A"][0]
+    return ((matrix @ Q) * solver["inner_A"][:, None]) @ Q.mT
 
 
 def eigenbasis_pays(d: int, d_out: int, members: int, interval: int) -> bool:
@@ -111,10 +150,3 @@ def eigenbasis_pays(d: int, d_out: int, members: int, interval: int) -> bool:
         interval: Steps until the next refresh.
     """
     return EIGH * d**3 + 2 * d**2 * d_out * members * interval < members * CHOLESKY * d**3
-
-
-def _precondition(gradient: Tensor, solver: Solver) -> Tensor:
-    if "inner_A" not in solver:
-        return precondition(gradient, solver)
-    Q = solver["vectors_A"][0]
-    return (((side_of(solver, "B") @ gradient) @ Q) * solver["inner_A"][:, None]) @ Q.mT
