@@ -11,7 +11,6 @@ from torch.linalg import vector_norm
 
 from mupx.curvature import Captured, functional_gradients, zero_probes
 from mupx.datasets.base import Split
-from mupx.errors import UsageError
 from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
 from mupx.linalg import over, trace
@@ -28,8 +27,8 @@ class Population:
     """Models and optimizers of several runs at the same step.
 
     Args:
-        runs: Not started. Their models and optimizers are where the members start from, and are not touched
-            afterwards; their losses and steps are kept up to date.
+        runs: Not started, with the same buffers. Their models and optimizers are where the members start
+            from, and are not touched afterwards; their losses and steps are kept up to date.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -38,7 +37,6 @@ class Population:
         self.model, self.loss, self.steps, self.step = first.model, first.loss, first.steps, 0
         for run in runs:
             check_groups(run.optimizer, run.layers)
-        _require_same_buffers(runs)
         each = [dict(run.model.named_parameters()) for run in runs]
         self.values = {name: torch.stack([own[name].detach() for own in each]) for name in each[0]}
         self.update = stack(self.model, [run.optimizer for run in runs], self.values)
@@ -201,9 +199,7 @@ def _sound(norms: Tensor, factors: Mapping[str, Mapping[str, Tensor]]) -> list[b
     return found
 
 
-def _require_same_buffers(runs: Sequence[Run]) -> None:
+def share_buffers(runs: Sequence[Run]) -> bool:
+    """Whether one model's buffers are those of all; random ones depend on the seed."""
     first = dict(runs[0].model.named_buffers())
-    for run in runs[1:]:
-        for name, buffer in run.model.named_buffers():
-            if not torch.equal(buffer, first[name]):
-                raise UsageError(f"buffer {name} depends on the seed, so these runs cannot share one model")
+    return all(torch.equal(buffer, first[name]) for run in runs for name, buffer in run.model.named_buffers())

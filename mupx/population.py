@@ -21,7 +21,7 @@ from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.layers import Parameter
-from mupx.lockstep import Population
+from mupx.lockstep import Population, share_buffers
 from mupx.parametrization import resolved
 from mupx.run_folder import Metrics, Result
 from mupx.stackable import obstacle_in_settings
@@ -62,8 +62,10 @@ def train_population(
     if reason := obstacle_in_settings(first):
         raise UsageError(f"these runs cannot be trained in lock-step: {reason}; use train for each")
     shared = replace(data, train=Split(first.inputs, first.targets))  # on its device and in its precision
-    others = [Run(experiment, shared, parameters) for experiment in experiments[1:]]
-    return _Training(Population([first, *others]), data, report, reports).run()
+    runs = [first, *(Run(experiment, shared, parameters) for experiment in experiments[1:])]
+    if not share_buffers(runs):
+        return [None] * len(runs)
+    return _Training(Population(runs), data, report, reports).run()
 
 
 def _require_alike(experiments: Sequence[Experiment]) -> None:

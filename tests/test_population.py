@@ -395,6 +395,24 @@ class Frozen(Twice):
         self.hidden.requires_grad_(False)
 
 
+class RandomFeatures(Twice):
+    """A buffer that is drawn, so that it depends on the seed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("projection", torch.randn(24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.hidden((self.input(x @ self.projection)).relu()))
+
+
+def test_members_with_buffers_of_their_own_are_run_alone(data: Dataset) -> None:
+    changes = {"scaling.base_width": 6, "optimizer.name": "sgd", "model.name": hand_over(RandomFeatures)}
+    one_seed = members(2, **changes)
+    assert [result.outcome for result in results(one_seed, data)] == ["finished", "finished"]
+    assert results([one_seed[0], one_seed[1].updated({"train.seed": 1})], data) == [None, None]
+
+
 def normalised(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(24, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
 
