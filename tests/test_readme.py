@@ -84,6 +84,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("pays", "poster.py", 30),
         ("text", "zoo.py", 4),
         ("late", "late_drift.py", 9),
+        ("population", "population.py", 24),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):

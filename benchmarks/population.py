@@ -1,0 +1,201 @@
+"""How many more trials an hour gives when they are trained in lock-step, and what the search makes of them.
+
+    python benchmarks/population.py               # about fifteen minutes on one core
+    python benchmarks/population.py --table       # print the committed results
+    python benchmarks/population.py --smoke       # everything small, a few seconds
+
+Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32),
+one thread of a shared machine. *training*: trials none of which diverges, one after the other (P = 1, the
+ordinary loop) and P at a time; they take turns round by round, and the median over rounds counts. *search*:
+`mupx tune` as it is, 32 trials over the default ranges with the study in SQLite; trials that diverge or are
+pruned end early, so its rates depend on what was asked. Rates are per hour of wall time and of CPU time;
+gains are over P = 1 in CPU time. ``best`` is the lowest validation loss found, a mean over seeds of the
+search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sweeps import set_threads
+
+from mupx import parts, training
+from mupx.config import Experiment
+from mupx.parametrization import resolved
+from mupx.population import train_population
+from mupx.recipe import Recipe
+from mupx.search import tune
+
+HERE = Path(__file__).parent
+STARTS = {  # optimizer → the highest lr and the lowest damping of the trials
+    "kfac": (0.03, 0.01),
+    "shampoo": (0.05, 1e-3),
+    "adamw": (0.005, 0.01),
+    "sgd": (0.5, 0.01),
+}
+SETTINGS = [("kfac", 10), ("kfac", 1), ("shampoo", 10), ("adamw", 10), ("sgd", 10)]
+HEADS = ["what", "optimizer", "refresh", "P", "trials/h", "trials/CPU h", "gain", "best"]
+
+
+def proxy(optimizer: str, refresh: int, steps: int) -> Experiment:
+    lr, damping = STARTS[optimizer]
+    return resolved(
+        Experiment().updated(
+            {
+                "data.name": "fashion-mnist-14",
+                "optimizer.name": optimizer,
+                "optimizer.refresh": refresh,
+                "hyperparameters.lr": lr,
+                "hyperparameters.damping": damping,
+                "scaling.base_width": 64,
+                "scaling.width": 64,
+                "train.batch_size": 256,
+                "train.steps": steps,
+                "train.threads": 1,
+                "train.device": "cpu",
+            }
+        )
+    )
+
+
+def members(experiment: Experiment, count: int) -> list[Experiment]:
+    """Return trials with the lr up to two octaves below the experiment's, the damping up to two above."""
+    hyper = experiment.hyperparameters
+    return [
+        experiment.updated(
+            {
+                "hyperparameters.lr": hyper.lr * 2 ** (-2 * i / count),
+                "hyperparameters.damping": hyper.damping * 2 ** (2 * (i * 7 % count) / count),
+            }
+        )
+        for i in range(count)
+    ]
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Return wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure_training(
+    optimizer: str, refresh: int, sizes: list[int], steps: int, rounds: int
+) -> dict[int, tuple[float, float]]:
+    """Return P → median wall and CPU seconds of one trial, measured in turns after one warm-up round."""
+    experiment = proxy(optimizer, refresh, steps)
+    data = parts.load_data(experiment)
+    parameters = parts.describe(experiment, data)
+
+    def alone() -> None:
+        for each in members(experiment, min(8, max(sizes))):
+            training.train(each, data=data, recipe=Recipe(each, parameters))
+
+    def together(size: int) -> None:
+        found = train_population(members(experiment, size), data=data, parameters=parameters)
+        assert all(result is not None and result.outcome == "finished" for result in found)
+
+    times: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    for turn in range(rounds + 1):
+        for size in sizes:
+            count = min(8, max(sizes)) if size == 1 else size
+            wall, cpu = seconds(alone if size == 1 else lambda size=size: together(size))
+            if turn:
+                times[size].append((wall / count, cpu / count))
+    return {size: tuple(map(statistics.median, zip(*own, strict=True))) for size, own in times.items()}
+
+
+def measure_search(
+    optimizer: str, refresh: int, sizes: list[int], steps: int, trials: int, seeds: int
+) -> dict[int, tuple[float, float, float]]:
+    """Return P → median wall and CPU seconds of one trial, and the mean of the best values."""
+    found: dict[int, list[tuple[float, float, float]]] = {size: [] for size in sizes}
+    for seed in range(seeds):
+        for size in sizes:
+            changes = {"search.population": size, "search.trials": trials, "search.seed": seed}
+            experiment = proxy(optimizer, refresh, steps).updated(changes)
+            with tempfile.TemporaryDirectory() as folder:
+                best: list[float] = []
+                wall, cpu = seconds(
+                    lambda e=experiment, f=folder, b=best: b.append(
+                        tune(e, run_dir=Path(f) / "run").best.value
+                    )
+                )
+            found[size].append((wall / trials, cpu / trials, best[0]))
+    result = {}
+    for size, own in found.items():
+        wall, cpu, best = zip(*own, strict=True)
+        result[size] = (statistics.median(wall), statistics.median(cpu), statistics.mean(best))
+    return result
+
+
+def rows_of(what: str, optimizer: str, refresh: int, times: dict[int, Any]) -> list[dict[str, str]]:
+    base = times[1][1]
+    return [
+        {
+            "what": what,
+            "optimizer": optimizer,
+            "refresh": str(refresh) if optimizer in ("kfac", "shampoo") else "–",
+            "P": str(size),
+            "trials/h": f"{3600 / wall:.0f}",
+            "trials/CPU h": f"{3600 / cpu:.0f}",
+            "gain": f"{base / cpu:.2f}",
+            "best": f"{best[0]:.4f}" if best else "–",
+        }
+        for size, (wall, cpu, *best) in times.items()
+    ]
+
+
+def show(rows: list[dict[str, str]]) -> str:
+    lines = [f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row[head] for head in HEADS)} |" for row in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 16, 32])
+    parser.add_argument("--optimizers", nargs="+", default=list(STARTS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3, help="searches per P")
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "population.csv")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        with arguments.csv.open(newline="") as file:
+            print(show(list(csv.DictReader(file))))
+        return
+    if arguments.smoke:
+        arguments.sizes, arguments.steps, arguments.rounds = [1, 4], 10, 1
+        arguments.trials, arguments.seeds = 8, 1
+    print(set_threads(1))
+    sizes, steps, rows = sorted({1, *arguments.sizes}), arguments.steps, []
+    for optimizer, refresh in SETTINGS:
+        if optimizer in arguments.optimizers:
+            times = measure_training(optimizer, refresh, sizes, steps, arguments.rounds)
+            rows += rows_of("training", optimizer, refresh, times)
+            print(show(rows[-len(sizes) :]), flush=True)
+    for optimizer, refresh in SETTINGS[:1]:
+        if optimizer in arguments.optimizers:
+            measure_search(optimizer, refresh, [1], 10, 2, 1)  # what is imported on first use
+            found = measure_search(optimizer, refresh, sizes, steps, arguments.trials, arguments.seeds)
+            rows += rows_of("search", optimizer, refresh, found)
+            print(show(rows[-len(sizes) :]), flush=True)
+    if not arguments.smoke:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, HEADS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
