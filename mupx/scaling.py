@@ -176,6 +176,10 @@ MATRICES = frozenset({"linear", "conv2d", "conv", "embedding", "matrix"})
 PRODUCTS = MATRICES - {"embedding"}
 
 
+# Stored with the output side first, whatever the layer: those of which one side can be named.
+ORIENTED = frozenset({"linear", "conv2d"})
+
+
 def kronecker(name: str, e_A: float, e_B: float, update: str, source: str, standing: str) -> ScalingRule:
     """Rule of (B + ρ_B)^-e_B G (A + ρ_A)^-e_A: lr r_out^(1-e_B) · r_in^(e_A-1) (IK, Prop. 4.1).
 
@@ -270,7 +274,8 @@ def rotated(name: str, sides: str, update: str) -> ScalingRule:
     (r_out/r_in)^½, as for Muon, and eps follows the gradient's norm, (r_in/r_out)^½. Along a side that is
     not rotated all d entries are of order one: the update's norm has another d^½, an entry of the gradient
     another d^-½. With neither side it is Adam's rule. n blocks have an update each: n^½ times the norm of
-    one, from n^-½ times the gradient.
+    one, from n^-½ times the gradient. One side alone is rotated of what has its output side first: an
+    embedding and a transposed convolution have it second.
     """
     unrotated = Power(r_out=0.0 if "L" in sides else -0.5, r_in=0.0 if "R" in sides else -0.5, blocks=-0.5)
     return ScalingRule(
@@ -280,7 +285,7 @@ def rotated(name: str, sides: str, update: str) -> ScalingRule:
         source="Q; Z" if sides == "LR" else "derived",
         standing="cross-checked" if sides == "LR" else "derived",
         eps=Power(r_in=0.5, r_out=-0.5, depth=-1) * unrotated,
-        kinds=MATRICES,
+        kinds=MATRICES if sides == "LR" else ORIENTED,
         sides=sides,
         degree=0,
     )

@@ -255,14 +255,21 @@ class SOAP(Base):
 
 
 class LeftSOAP(SOAP):
-    """SOAP with the output side alone rotated; lr × r_out^½ · r_in^-1 · n_blocks^-½."""
+    """SOAP with the output side alone rotated; lr × r_out^½ · r_in^-1 · n_blocks^-½.
+
+    Parameters are taken to have that side first. An embedding has it second: give it a group with
+    ``"algorithm": "adamw"``, as :func:`mupx.param_groups` does.
+    """
 
     algorithm = "soap-left"
     sides = "L"
 
 
 class RightSOAP(SOAP):
-    """SOAP with the input side alone rotated; lr × r_in^-½ · n_blocks^-½."""
+    """SOAP with the input side alone rotated, the second of a parameter; lr × r_in^-½ · n_blocks^-½.
+
+    As for :class:`LeftSOAP`, an embedding is to go to AdamW.
+    """
 
     algorithm = "soap-right"
     sides = "R"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mupx
 from mupx.blocks import blocks_of
 from mupx.errors import UsageError
 from mupx.linalg import largest_eigenvalue
@@ -232,3 +233,23 @@ def test_registered_under_three_names() -> None:
     assert [(kind.algorithm, kind.sides) for kind in kinds.values()] == [
         (name, RULES[name].sides) for name in kinds
     ]
+
+
+class Words(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, width)
+        self.up = nn.ConvTranspose1d(width, width, 3)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.up(self.table(ids).mT).mean(-1))
+
+
+@pytest.mark.parametrize(("name", "turned"), [("soap", True), ("soap-left", False), ("soap-right", False)])
+def test_one_side_is_rotated_only_of_what_has_its_output_side_first(name: str, turned: bool) -> None:
+    # An embedding and a transposed convolution have it second: their left side is the rule's right one.
+    _, groups = mupx.parametrize(Words, width=32, base_width=16, optimizer=name, lr=0.1)
+    treated = {n: group["algorithm"] == name for group in groups for n, _ in group["params"]}
+    weights = {n: own for n, own in treated.items() if n.endswith("weight")}
+    assert weights == {"table.weight": turned, "up.weight": turned, "head.weight": True}
