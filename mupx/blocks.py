@@ -21,7 +21,7 @@ def cuts(length: int, size: int) -> list[slice]:
     >>> cuts(65, 64)
     [slice(0, 32, None), slice(32, 65, None)]
     """
-    count = -(-length // size) if size else 1
+    count = max(1, -(-length // size)) if size else 1  # a side without entries is one part
     edges = (length * i // count for i in range(count + 1))
     return [slice(start, stop) for start, stop in pairwise(edges)]
 

@@ -271,6 +271,30 @@ def test_parameters_without_a_gradient_stay(name: str) -> None:
     assert moved == [id(p) not in still for p in model.parameters()]
 
 
+class WithEmpty(nn.Sequential):
+    """The small MLP and parameters without elements, which take part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__(*small_mlp())
+        self.rows, self.none = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = super().forward(x)
+        return outputs + self.rows.sum() + self.none.sum()
+
+
+def test_tensors_without_elements_are_let_be(name: str) -> None:
+    model, reference = fresh(name)
+    torch.manual_seed(4)
+    twin = WithEmpty()
+    for built, optimizer in ((model, reference), (twin, make(name, twin, **options_of(name)))):
+        train(built, optimizer, batches(3))
+    own = dict(twin.named_parameters())
+    assert all(torch.equal(value, own[key]) for key, value in model.named_parameters())
+    assert own["rows"].grad is not None
+    assert own["none"].grad is not None
+
+
 def test_zero_gradients_give_zero_updates(name: str, dtype: torch.dtype) -> None:
     model, optimizer = fresh(name, dtype, weight_decay=0.0)
     before = copy.deepcopy(model)
