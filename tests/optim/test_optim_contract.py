@@ -271,6 +271,24 @@ def test_parameters_without_a_gradient_stay(name: str) -> None:
     assert moved == [id(p) not in still for p in model.parameters()]
 
 
+def test_a_batch_given_twice_is_the_batch(name: str) -> None:
+    def run(given: list[Any]) -> nn.Module:
+        model, optimizer = fresh(name, torch.float64)
+        train(model, optimizer, given)
+        return model
+
+    once = batches(4, torch.float64)
+    twice = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in once]
+    mixed = [(torch.cat([x, 2 * x]), torch.cat([y, y])) for x, y in once]
+    assert distance(run(once), run(twice)) < 1e-9
+    assert distance(run(once), run(mixed)) > 1e-3
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+
 class WithEmpty(nn.Sequential):
     """The small MLP and parameters without elements, which take part in the loss."""
 
