@@ -62,7 +62,7 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "shampoo": {"lr": 0.02, "damping": 0.01},
 }
 # A factor of n channels has eigenvalues of about trace/n: ρ' below 1/n is another regime, left as n grows.
-SETTLED = {("resnet", "kfac"): {"damping": 1.0}}
+SETTLED = {("resnet", "kfac"): {"damping": 1.0}, ("vgg19", "kfac"): {"damping": 1.0}}
 TOKENS, CONTEXT, EXAMPLES = 32, 16, 1024
 
 
