@@ -14,7 +14,6 @@ without refresh, *refresh* what a refresh adds, *columns* the largest number of 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 
 from mupx import config, parts
 from mupx.advice.costs import COSTS
@@ -171,8 +170,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        with arguments.csv.open(newline="") as file:
-            print(show(list(csv.DictReader(file))))
+        print(show(read_rows(arguments.csv)))
         return
     settings, rounds, refresh = (SMOKE, 1, 2) if arguments.smoke else (FULL, arguments.rounds, REFRESH)
     print(set_threads(1))
@@ -184,10 +182,7 @@ def main() -> None:
         rows += compare(setting, data, rates, rounds, refresh)
         print(show(rows), flush=True)
     if not arguments.smoke:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

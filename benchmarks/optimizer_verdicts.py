@@ -12,10 +12,9 @@ the GPT's read-out, of either kind of update, flattens slowly: what `WIDER` name
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 from zoo_verdicts import measure
 
 RESULTS = Path(__file__).parent / "results" / "optimizer-verdicts.csv"
@@ -78,10 +77,7 @@ def main() -> None:
         print(set_threads(1))
         print(show([row_of(name, "mlp", (16, 32)) for name in ("muon", "foof")]))
         return
-    rows: list[dict[str, object]] = []
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(RESULTS)
     if not arguments.table:
         print(set_threads(1))
         done = {(row["optimizer"], row["family"]) for row in rows}
@@ -91,10 +87,7 @@ def main() -> None:
                     continue
                 rows.append(row_of(name, family))
                 print(rows[-1], flush=True)
-                with RESULTS.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(RESULTS, rows)
     print(show(rows))
 
 

@@ -21,7 +21,6 @@ are rows with all multipliers of that field off by (width ratio)^½, which must 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from sweeps import read_rows, write_rows
 
 from mupx import scaling
 from mupx.checks.coordinate import read
@@ -235,17 +235,7 @@ def _slopes(rows: Sequence[Row], between: str) -> str:
 
 def recorded() -> list[Row]:
     """Return the rows of the committed results."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(rows: Sequence[Row]) -> None:
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    return read_rows(RESULTS)
 
 
 def main() -> None:
@@ -265,7 +255,7 @@ def main() -> None:
                 new = all_of(name, WIDTHS, SEEDS)
                 rows = [row for row in rows if row["optimizer"] != name] + new
                 print(table(new), flush=True)
-                _write(rows)
+                write_rows(RESULTS, rows)
     print(table(rows))
 
 

@@ -13,7 +13,6 @@ inverted (or decomposed) and the whole gradient multiplied; ``auto`` is what :mo
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 from torch import nn
 
 from mupx.models.mlp import build
@@ -95,8 +94,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        with arguments.csv.open(newline="") as file:
-            print(show(list(csv.DictReader(file))))
+        print(show(read_rows(arguments.csv)))
         return
     if arguments.smoke:
         arguments.widths, arguments.batches, arguments.refreshes, arguments.rounds = [64], [16], [1, 2], 1
@@ -112,10 +110,7 @@ def main() -> None:
                     rows.append({**setting, "variant": name, "seconds": f"{each:.5f}", "ratio": ratio})
                 print(show(rows), flush=True)
     if not arguments.smoke:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

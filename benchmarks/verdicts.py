@@ -14,11 +14,10 @@ thread. Printed: exponent of mean |Δh| on the first batch, [input, hidden, outp
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from pathlib import Path
 
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 
 from mupx import config
 from mupx.checks.runner import verify
@@ -120,15 +119,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print(set_threads(1))
     if arguments.table:
-        with RESULTS.open(newline="") as file:
-            rows: list[dict[str, object]] = list(csv.DictReader(file))  # type: ignore[arg-type]
+        rows = read_rows(RESULTS)
     else:
         rows = measure(WIDTHS[:3] if arguments.smoke else WIDTHS)
         if not arguments.smoke:
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(RESULTS, rows)
     print(table(rows), curvature(rows), sep="\n\n")
 
 

@@ -15,7 +15,6 @@ on ResNet and VGG-19 would have sides of 4608 and more: --optimizers leaves out 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 
 from mupx import config, parts
 from mupx.checks.result import Report
@@ -159,10 +158,7 @@ def main() -> None:
         print(set_threads(1))
         print(show([measure("gpt", optimizer, (16, 32)) for optimizer in ("sgd", "kfac")]))
         return
-    rows: list[dict[str, object]] = []
-    if arguments.csv.exists():
-        with arguments.csv.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(arguments.csv)
     if not arguments.table:
         print(set_threads(1))
         done = {(row["family"], row["optimizer"]) for row in rows}
@@ -172,10 +168,7 @@ def main() -> None:
                     continue
                 rows.append(measure(family, optimizer))
                 print(rows[-1], flush=True)
-                with arguments.csv.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(arguments.csv, rows)
     print(show(rows))
 
 
