@@ -12,18 +12,20 @@ exponents in width, 0 where the rule is right.
 
 Setting: that of benchmarks/verdicts.py (tanh MLP 24–M–M–10 without bias, synthetic data, cross-entropy,
 batch 64, constant lr, base width 64, μP), float32, statistics with ema 0.95, refreshed every 10 steps
-(Shampoo: or at 5 % age), no momentum beside SOAP's own (betas 0.9, 0.95); lr untuned; seed 0; one thread.
+(Shampoo: or at 5 % age), no momentum beside SOAP's own (betas 0.9, 0.95); lr untuned; seeds 0 and 1, fitted
+together, losses their mean; one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from sweeps import set_threads
+from sweeps import read_rows, set_threads, write_rows
 from verdicts import experiment
 
 from mupx import training
@@ -34,7 +36,7 @@ from mupx.parametrization import resolved
 from mupx.training import Run
 
 RESULTS = Path(__file__).parent / "results" / "late-drift.csv"
-WIDTHS, STEPS, SEED, HIDDEN = (64, 128, 256, 512), (2, 10, 100, 300), 0, "hidden1.weight"
+WIDTHS, STEPS, SEEDS, HIDDEN = (64, 128, 256, 512), (2, 10, 100, 300), (0, 1), "hidden1.weight"
 SHAMPOO = ("shampoo", "relative", 0.05, 1e-3, "mup")
 GRAFTED = ("shampoo", "relative", 0.005, 1e-3, "mup")
 SOAP = ("soap", None, 0.01, 0.01, "mup")
@@ -52,11 +54,11 @@ RUNS: dict[str, tuple[tuple[str, str | None, float, float, str], dict[str, Any]]
 Row = dict[str, Any]
 
 
-def settings(name: str, width: int) -> Experiment:
+def settings(name: str, width: int, seed: int = 0) -> Experiment:
     run, changes = RUNS[name]
     common = {
         "scaling.width": width,
-        "train.seed": SEED,
+        "train.seed": seed,
         "optimizer.ema": 0.95,
         "optimizer.refresh": 10,
         "optimizer.betas": (0.9, 0.95),
@@ -64,9 +66,9 @@ def settings(name: str, width: int) -> Experiment:
     return resolved(experiment(run).updated({**common, **changes}))
 
 
-def measure(name: str, width: int, steps: tuple[int, ...], data: Dataset) -> list[Row]:
+def measure(name: str, width: int, seed: int, steps: tuple[int, ...], data: Dataset) -> list[Row]:
     """Train once and read the step of the hidden weight that leads to each of ``steps``."""
-    chosen = settings(name, width)
+    chosen = settings(name, width, seed)
     parameters = training.describe(chosen, data)
     run, started = Run(chosen, data, parameters), time.process_time()
     hidden = [p for p in parameters if p.name == HIDDEN]
@@ -77,9 +79,10 @@ def measure(name: str, width: int, steps: tuple[int, ...], data: Dataset) -> lis
         if HIDDEN not in found:
             break
         norm, rank = found[HIDDEN]
-        row = {"run": name, "width": width, "step": step, "norm": f"{norm:.4g}", "rank": f"{rank:.4g}"}
-        rows.append({**row, "loss": f"{run.recent_loss(-10):.4f}"})
-    print(f"{name}, width {width}: {time.process_time() - started:.0f} s", flush=True)
+        row = {"run": name, "width": width, "seed": seed, "step": step}
+        sizes = {"norm": f"{norm:.4g}", "rank": f"{rank:.4g}", "loss": f"{run.recent_loss(-10):.4f}"}
+        rows.append({**row, **sizes})
+    print(f"{name}, width {width}, seed {seed}: {time.process_time() - started:.0f} s", flush=True)
     return rows
 
 
@@ -90,8 +93,12 @@ def table(rows: list[Row]) -> str:
     for name in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == name]
         cells = [exponent(mine, quantity, step) for quantity in ("norm", "rank") for step in steps]
-        losses = [row["loss"] for row in mine if int(row["step"]) == steps[-1]]
-        lines.append(f"| {name} | {' | '.join(cells)} | {' '.join(losses)} |")
+        last = [row for row in mine if int(row["step"]) == steps[-1]]
+        losses = (
+            fmean(float(row["loss"]) for row in last if int(row["width"]) == width)
+            for width in sorted({int(row["width"]) for row in last})
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
     return "\n".join(lines)
 
 
@@ -106,28 +113,19 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two widths, few steps, no CSV")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    if RESULTS.exists() and not arguments.smoke:
-        with RESULTS.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    if not arguments.smoke:
+        rows = read_rows(RESULTS)
     if not arguments.table:
         print(set_threads(1))
-        widths, steps = (WIDTHS[:2], (2, 4)) if arguments.smoke else (WIDTHS, STEPS)
+        widths, steps, seeds = (WIDTHS[:2], (2, 4), (0,)) if arguments.smoke else (WIDTHS, STEPS, SEEDS)
         data = training.load_data(settings("soap", WIDTHS[0]))
-        done = {(row["run"], int(row["width"])) for row in rows}
-        for width in widths:
-            for name in RUNS:
-                if (name, width) not in done:
-                    rows += measure(name, width, steps, data)
-                    if not arguments.smoke:
-                        write(rows)
+        done = {(row["run"], int(row["width"]), int(row["seed"])) for row in rows}
+        for name, width, seed in product(RUNS, widths, seeds):
+            if (name, width, seed) not in done:
+                rows += measure(name, width, seed, steps, data)
+                if not arguments.smoke:
+                    write_rows(RESULTS, rows)
     print(table(rows))
-
-
-def write(rows: list[Row]) -> None:
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
