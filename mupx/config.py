@@ -126,7 +126,7 @@ class OptimizerConfig(_Section):
     staleness: Annotated[float, Field(gt=0, le=1)] = 0.05
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
     statistics: PositiveInt | None = None
-    solver: Literal["auto", "dense", "low-rank"] = "auto"
+    solver: Literal["auto", "dense", "low-rank", "sketch"] = "auto"
     accumulate: Literal["average", "sum"] = "average"
     blocks: Annotated[int, Field(ge=0, strict=True)] = 0
     graft: Literal["none", "sgd", "adam", "rms"] = "none"

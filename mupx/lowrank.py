@@ -61,7 +61,7 @@ class LowRank(NamedTuple):
     def __matmul__(self, X: Tensor) -> Tensor:
         """Return f(M + ρ I) X for ``[d, n]``."""
         C = self.columns
-        return self.rest * X + C @ (self.inner[:, None] * (C.mT @ X))
+        return torch.addmm(self.rest * X, C, self.inner[:, None] * (C.mT @ X))
 
     @property
     def flops(self) -> int:

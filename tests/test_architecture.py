@@ -38,6 +38,7 @@ LEVELS = {
     "mupx.update_norm": 3,
     "mupx.gradients": 2,
     "mupx.lowrank": 2,
+    "mupx.sketch": 2,
     "mupx.preconditioning": 3,
     "mupx.samples": 3,
     "mupx.losses": 2,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+from mupx import sketch
 from mupx.advice.rates import Op, Work, elementwise, factorised, gemm, solve
 from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays
 from mupx.preconditioning import prefers_cholesky, thin_pays
@@ -64,7 +65,7 @@ class Setting:
     Attributes:
         itemsize: Bytes per number.
         momentum: Whether there is any.
-        solver: ``auto``, ``dense`` or ``low-rank``.
+        solver: ``auto``, ``dense``, ``low-rank`` or ``sketch``.
         damping_rule: Of the optimizer.
         fisher: ``empirical``, ``mc`` or ``exact``.
         damping: ρ of either side.
@@ -242,6 +243,9 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     pair = []
     for side, d, other in (("B", d_out, d_in), ("A", d_in, d_out)):
         if side in sides:
+            if kept and sketch.pays(d, setting.solver, setting.interval <= 1, setting.ema):
+                pair.append(_sketch(d, n, setting.itemsize))
+                continue
             columns = _kept_columns(side, d, n, setting) if kept else None
             solved = setting.solver != "dense" and prefers_cholesky(
                 d, min(other, vectors), round(setting.interval)
@@ -326,6 +330,23 @@ def _side(d: int, n: int, columns: int | None, decomposition: str, solved: bool,
     inverse = () if solved else (factorised("inverse", d),)
     work = (*product, factorised("cholesky", d), *inverse)
     return Side(d, work, 2 * d**2, 4 * d**2, 2 * d**2, triangular=solved)
+
+
+def _sketch(d: int, n: int, itemsize: int) -> Side:
+    """Return a factor kept as its image under a random matrix, and solved with in its columns."""
+    k = sketch.RANK
+    seen = k + sketch.PROBES
+    work = (
+        gemm(n, seen, d),
+        gemm(d, seen, n),
+        gemm(k, k, d, 2),
+        factorised("cholesky", k),
+        solve(k, d),
+        factorised("eigh", k),
+        gemm(d, k, k),
+        *elementwise(6.0 * d * seen * itemsize, 3.0 * d * seen * itemsize, 60),
+    )
+    return Side(d, work, d * (2 * seen + k), 4 * d * seen, 4 * d * k, columns=k, itemsize=itemsize)
 
 
 def _kept_columns(side: str, d: int, n: int, setting: Setting) -> int | None:

@@ -132,7 +132,7 @@ class EKFAC(Kronecker):
         state = self.state[weight]
         seen, step = state.get("refreshes", 0), state.get("step", 0)
         gap = step - state.get("refreshed_at", step)
-        A, B = (self._average(state, sums, side, True) for side in "AB")
+        A, B = (self._average(state, sums, True, seen, gap, side) for side in "AB")
         assert isinstance(A, Tensor)
         assert isinstance(B, Tensor)
         (_, Q_A, ok_A), (_, Q_B, ok_B) = eigh(A), eigh(B)

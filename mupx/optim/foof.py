@@ -56,7 +56,7 @@ class FOOF(Kronecker):
         statistics: Interval between updates of the factors alone, in steps; None: only where their
             inverses are updated too. Such factors are kept dense.
         ema: Decay per step of the running average of A (0: the current batch only).
-        solver: ``dense``, ``low-rank`` or ``auto``, as for K-FAC.
+        solver: ``dense``, ``low-rank``, ``sketch`` or ``auto``, as for K-FAC.
         momentum: Heavy-ball momentum on the preconditioned update.
         graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
             (see :mod:`mupx.update_norm`).

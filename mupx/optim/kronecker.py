@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from mupx import sketch
 from mupx.curvature import FactorRows, FactorSums
-from mupx.lowrank import (
-    CHOLESKY,
-    SMALLEST,
-    SOLVERS,
-    Columns,
-    averaged,
-    factor_in,
-    pays,
-)
+from mupx.lowrank import CHOLESKY, SMALLEST, SOLVERS, Columns, averaged, factor_in, pays
 from mupx.optim.base import (
     Groups,
     average_weight,
@@ -44,7 +39,7 @@ class Kronecker(Captured):
         model: The module they belong to.
         defaults: Group defaults.
         damping_rule: One of the scaling rule's damping rules.
-        solver: ``dense``, ``low-rank`` or ``auto``.
+        solver: ``dense``, ``low-rank``, ``sketch`` or ``auto``.
         statistics: Interval between updates of the factors alone, in steps; such factors are kept dense.
         **more: The rest.
     """
@@ -64,7 +59,7 @@ class Kronecker(Captured):
         **more: Any,
     ) -> None:
         self.damping_rule = require_damping_rule(self.algorithm, damping_rule)
-        self.solver = require_choice("solver", solver, SOLVERS)
+        self.solver = require_choice("solver", solver, (*SOLVERS, "sketch"))
         require_statistics(statistics, solver)
         super().__init__(params, model, defaults, statistics=statistics, **more)
 
@@ -108,22 +103,43 @@ class Kronecker(Captured):
         """Average new factors in and rebuild the solver, each where its step has come."""
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
-        # Outside its columns a factor is its ridge alone: without one it has no inverse there.
-        damped = all(group[f"damping_{side}"] > 0 for side in self.sides)
         factors = {side: factor_in(state, side) or state.get(side) for side in self.sides}
         # Left from a run without statistics of their own; the average below is dense.
         columns = self.statistics is not None and any(isinstance(f, Columns) for f in factors.values())
+        average = partial(
+            self._average, state, sums, self._damped(group), averages(state), step - averaged_at(state)
+        )
         if self._averages(state):
-            factors = {side: self._average(state, sums, side, damped) for side in self.sides}
+            factors = {side: average(side) for side in self.sides}
             state["averages"], state["averaged_at"] = averages(state) + 1, step
         if not (columns or needs_refresh(state, self.refresh, self.staleness)):
             return
         state["refreshed_at"] = step
         solved = self._solved(weight, sums, step)
+        solver, ok = self._rebuild(state, factors, weight, groups, solved)
+        doubted = [side for side in factors if sketch.too_thin(state, solver, side)]
+        if doubted:
+            for side in doubted:
+                sketch.give_up(state, side)
+                factors[side] = average(side)
+            solver, ok = self._rebuild(state, factors, weight, groups, solved)
+        state.update(solver, skipped=state.get("skipped", 0) + int(not bool(ok)))
+
+    def _damped(self, group: Mapping[str, Any]) -> bool:
+        # Outside its columns a factor is its ridge alone: without one it has no inverse there.
+        return all(group[f"damping_{side}"] > 0 for side in self.sides)
+
+    def _rebuild(
+        self,
+        state: dict[str, Any],
+        factors: Mapping[str, Factor],
+        weight: Tensor,
+        groups: Mapping[int, dict[str, Any]],
+        solved: set[str],
+    ) -> tuple[Solver, Tensor]:
         for side, factor in factors.items():
             clear_side(state, side, keep_columns=isinstance(factor, Columns))
-        solver, ok = self.build_solver(factors, weight, groups, solved)
-        state.update(solver, skipped=state.get("skipped", 0) + int(not bool(ok)))
+        return self.build_solver(factors, weight, groups, solved)
 
     def _solved(self, weight: Tensor, sums: FactorSums, step: int) -> set[str]:
         """Return the sides that are cheaper to solve with than to invert until the next refresh."""
@@ -136,19 +152,39 @@ class Kronecker(Captured):
         sizes = {"A": (d_in, min(d_out, rows)), "B": (d_out, min(d_in, rows))}
         return {side for side, (d, vectors) in sizes.items() if prefers_cholesky(d, vectors, interval)}
 
-    def _average(self, state: dict[str, Any], sums: FactorSums, side: str, damped: bool) -> Factor:
+    def _average(
+        self, state: dict[str, Any], sums: FactorSums, damped: bool, seen: int, gap: int, side: str
+    ) -> Factor:
         """Average one side's new factor in; columns stay columns until they no longer pay."""
-        seen, gap = averages(state), state.get("step", 0) - averaged_at(state)
         old = factor_in(state, side)
         thin = damped and self.statistics is None
         new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
-        if new is not None and side not in state and self._keeps_columns(new, old):
+        if new is not None and side not in state:
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
-            return averaged(old, new, 1.0 - weight, weight)
+            if self._sketches(state, side, len(new)):
+                return self._sketched(state, side, old, new, weight)
+            if self._keeps_columns(new, old):
+                # Of a batch alone nothing old stays, not even as columns of zeros.
+                return averaged(old if weight < 1.0 else None, new, 1.0 - weight, weight)
         dense = state.get(side) if old is None else old.columns @ old.columns.mT
         factor = running_average(dense, sums.factor(side), self.ema, seen, gap)
         state[side] = finite_or(factor, dense)
         return factor
+
+    def _sketched(
+        self, state: dict[str, Any], side: str, old: Columns | None, new: Tensor, weight: float
+    ) -> Columns:
+        """Average new columns into a sketch; what is not finite leaves it as it was, for one step of zero."""
+        before = sketch.sketch_in(state, side) or sketch.begun(old, new)
+        after = sketch.averaged(before, new, 1.0 - weight, weight)
+        state.update(sketch.state_of(side, after or before))
+        factor = sketch.recovered(after or before)
+        return factor if after else factor._replace(values=torch.full_like(factor.values, torch.nan))
+
+    def _sketches(self, state: Mapping[str, Any], side: str, d: int) -> bool:
+        """Whether a factor is averaged as a sketch."""
+        given_up = sketch.was_given_up(state, side)
+        return not given_up and sketch.pays(d, self.solver, self.refresh == 1, self.ema)
 
     def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
         d, n = new.shape

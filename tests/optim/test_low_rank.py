@@ -59,6 +59,12 @@ def wide_means_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.SMALLEST", 8)
 
 
+@pytest.fixture
+def nothing_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.shampoo"):
+        monkeypatch.setattr(f"{module}.TOLERANCE", 0.0)
+
+
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = nn.Sequential(
@@ -102,10 +108,9 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return max(float((p - q).abs().max() / q.abs().max()) for p, q in pairs)
 
 
+@pytest.mark.usefixtures("nothing_dropped")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_columns_that_drop_nothing_equal_dense_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.shampoo"):
-        monkeypatch.setattr(f"{module}.TOLERANCE", 0.0)
+def test_columns_that_drop_nothing_equal_dense_factors(name: str) -> None:
     low, optimizer = run(name, "low-rank")
     dense, _ = run(name, "dense")
     assert any("values" in key for state in optimizer.state.values() for key in state)
@@ -132,6 +137,81 @@ def test_state_dict_round_trip_continues_to_the_last_bit(name: str) -> None:
     step_on(twin, continued, range(7, STEPS))
     for one, other in zip(whole.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.fixture
+def thin_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sketches of as many columns as four batches have rows: over so many steps nothing is missed."""
+    monkeypatch.setattr("mupx.sketch.RANK", 4 * BATCH)
+    monkeypatch.setattr("mupx.sketch.PROBES", 4)
+
+
+SKETCHED = [name for name in OPTIMIZERS if not name.startswith("shampoo")]
+
+
+@pytest.mark.usefixtures("thin_sketch", "nothing_dropped")
+@pytest.mark.parametrize("name", SKETCHED)
+def test_a_sketch_that_misses_nothing_equals_dense_factors(name: str) -> None:
+    sketched, optimizer = run(name, "sketch", 4)
+    dense, _ = run(name, "dense", 4)
+    assert any("image_A" in state for state in optimizer.state.values())
+    assert distance(sketched, dense) < 1e-6
+    assert distance(sketched, run(name, "dense", 3)[0]) > 1e-4
+
+
+@pytest.mark.usefixtures("thin_sketch")
+@pytest.mark.parametrize("name", ["kfac trace", "foof absolute"])
+def test_a_sketched_run_continues_to_the_last_bit(name: str) -> None:
+    whole, _ = run(name, "sketch")
+    model, optimizer = run(name, "sketch", 7)
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    continued = OPTIMIZERS[name](twin, "sketch")
+    continued.load_state_dict(optimizer.state_dict())
+    step_on(twin, continued, range(7, STEPS))
+    for one, other in zip(whole.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_sketch_too_thin_for_the_spectrum_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupx.sketch.RANK", 2)
+    monkeypatch.setattr("mupx.sketch.PROBES", 4)
+    sketched, optimizer = run("kfac trace", "sketch")
+    hidden = optimizer.state[list(sketched.parameters())[2]]
+    assert hidden["exact_A"]
+    assert "image_A" not in hidden
+    assert distance(sketched, run("kfac trace", "dense")[0]) < 0.05 * distance(net(), sketched)
+    monkeypatch.setattr("mupx.sketch.LARGEST_ERROR", float("inf"))
+    careless, _ = run("kfac trace", "sketch")
+    assert distance(careless, sketched) > 1e-3
+
+
+@pytest.mark.parametrize(("refresh", "ema", "sketched"), [(1, 0.9, True), (2, 0.9, False), (1, 0.0, False)])
+def test_auto_sketches_wide_averages_that_are_needed_in_every_step(
+    refresh: int, ema: float, sketched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mupx.sketch.SMALLEST", WIDTH)
+    monkeypatch.setattr("mupx.sketch.RANK", WIDTH - 5)
+    monkeypatch.setattr("mupx.sketch.PROBES", 4)
+    model = net()
+    optimizer = KFAC(model.parameters(), model, 0.01, damping=0.5, refresh=refresh, ema=ema)
+    step_on(model, optimizer, range(3))
+    first, hidden = (optimizer.state[p] for p in list(model.parameters())[:3:2])
+    assert ("image_B" in hidden, "image_B" in first, "image_A" in first) == (sketched, sketched, False)
+
+
+@pytest.mark.usefixtures("thin_sketch")
+def test_a_batch_that_overflows_leaves_a_sketch_as_it_was() -> None:
+    model, optimizer = run("kfac trace", "sketch", 3)
+    hidden = optimizer.state[list(model.parameters())[2]]
+    image = hidden["image_A"].clone()
+    x, y = batch(3)
+    with optimizer.curvature(y):
+        F.cross_entropy(model(x * 1e200), y).backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(hidden["image_A"], image)
 
 
 def clip(model: nn.Module) -> None:

@@ -1,0 +1,158 @@
+"""Running averages of Kronecker factors kept as a product with a fixed random matrix.
+
+A factor's average M = Σ wₜ Fₜ Fₜᵀ is linear in what comes in, and so is its image Y = M Z under a fixed
+Gaussian Z ``[d, k]``: a step adds F (Fᵀ Z), 4 d n k operations, whatever the rank of M has grown to.
+Nothing is ever truncated, so nothing that grows slowly is lost. When M is needed, Nyström's approximation
+
+    M ≈ Y (Zᵀ Y)⁻¹ Yᵀ  ⪯  M
+
+(Gittens & Mahoney 2013, arXiv:1303.1849; streaming: Tropp et al. 2017, arXiv:1706.05736; with a ridge:
+Frangella et al. 2021, arXiv:2110.02820) gives its columns, which :mod:`mupx.lowrank` applies. The error
+is E = M − M̂ ⪰ 0; :data:`PROBES` more columns of Z, which take no part in the approximation, measure it:
+for Gaussian z, mean ‖E z‖² = ‖E‖_F² ≥ ‖E‖₂².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mupx.linalg import damped_cholesky, eigh, trace
+from mupx.lowrank import Columns, factor_in, function_in
+
+RANK = 192  # columns of the approximation
+PROBES = 16  # columns that measure its error
+SMALLEST = 1024  # from this size on a sketch costs less in every step than a dense inverse
+LARGEST_ERROR = 0.1  # root mean square over all directions, relative to 1/ρ: above, a sketch is given up
+
+
+class Sketch(NamedTuple):
+    """A factor M, seen through Z.
+
+    Attributes:
+        image: M Z, ``[d, k]``.
+        test: Z, ``[d, k]``, the last :data:`PROBES` columns for the error alone.
+        trace: tr(M), exactly, a scalar.
+    """
+
+    image: Tensor
+    test: Tensor
+    trace: Tensor
+
+
+def pays(d: int, solver: str, every_step: bool, ema: float) -> bool:
+    """Whether a factor is averaged as a sketch: where it is told to, or wide and solved anew in every step.
+
+    Args:
+        d: Size of the factor.
+        solver: ``sketch``, ``auto`` or another, for which there is none.
+        every_step: Whether every step is a refresh.
+        ema: Decay of the running average; 0 for the batch alone, whose columns are exact and as few.
+    """
+    wanted = solver == "sketch" or (solver == "auto" and every_step and ema > 0 and d >= SMALLEST)
+    return wanted and d > RANK + PROBES
+
+
+def begun(old: Columns | None, new: Tensor) -> Sketch:
+    """Return the sketch of the average so far, zero if there is none, for new columns ``[d, n]``."""
+    test = _test(new.shape[0], RANK + PROBES).to(new)
+    if old is None:
+        return Sketch(torch.zeros_like(test), test, new.new_zeros(()))
+    return Sketch(old.columns @ (old.columns.mT @ test), test, old.trace)
+
+
+@cache
+def _test(d: int, k: int) -> Tensor:
+    # From the CPU's generator, so that a seed means the same matrix on every device.
+    return torch.randn(d, k, generator=torch.Generator().manual_seed(d))
+
+
+def averaged(old: Sketch, new: Tensor, keep: float, weight: float) -> Sketch | None:
+    """Return the sketch of keep · M + weight · F Fᵀ, or None where that is not finite.
+
+    Args:
+        old: The average so far.
+        new: F, ``[d, n]``.
+        keep: Weight of the old average.
+        weight: Weight of the new columns.
+    """
+    total = keep * old.trace + weight * torch.linalg.vector_norm(new).square()
+    if not bool(total.isfinite()):
+        return None
+    image = torch.addmm(old.image, new, new.mT @ old.test, beta=keep, alpha=weight)
+    return Sketch(image, old.test, total)
+
+
+def recovered(sketch: Sketch) -> Columns:
+    """Return Nyström's approximation, its ``dropped`` the measured ‖M − C Cᵀ‖_F."""
+    Y, Z = sketch.image[:, :-PROBES], sketch.test[:, :-PROBES]
+    core = Z.mT @ Y
+    core = 0.5 * (core + core.mT)
+    # Rounding makes a core of low rank indefinite; a ridge on it only makes the approximation smaller.
+    lower, _ = damped_cholesky(core, torch.finfo(core.dtype).eps * trace(core))
+    B = torch.linalg.solve_triangular(lower, Y.mT, upper=False).mT.to(Y.dtype)
+    values, vectors, _ = eigh(B.mT @ B)
+    values = torch.where(sketch.trace > 0, values, 0.0)
+    C = B @ vectors
+    probes = sketch.test[:, -PROBES:]
+    missed = sketch.image[:, -PROBES:] - C @ (C.mT @ probes)
+    return Columns(C, values, missed.norm() / PROBES**0.5, sketch.trace)
+
+
+def solver_error(factor: Columns, ridge: Tensor) -> Tensor:
+    """Return at most ‖(M + ρ)⁻¹ − (M̂ + ρ)⁻¹‖_F in units of √d/ρ: a root mean square over all directions.
+
+    Args:
+        factor: As :func:`recovered` returns it, ``[d, k]``.
+        ridge: ρ in the units of M.
+    """
+    d: int = factor.columns.shape[-2]
+    return factor.dropped / (ridge * math.sqrt(d))
+
+
+def sketch_in(state: Mapping[str, Tensor], side: str) -> Sketch | None:
+    """Return the sketch in an optimizer's state, or None."""
+    if f"image_{side}" not in state:
+        return None
+    return Sketch(state[f"image_{side}"], state[f"test_{side}"], state[f"trace_{side}"])
+
+
+def state_of(side: str, sketch: Sketch) -> dict[str, Tensor]:
+    """Return the tensors of a sketch by the names an optimizer's state gives them.
+
+    Its trace is stored with the columns it is recovered as.
+    """
+    return {f"image_{side}": sketch.image, f"test_{side}": sketch.test, f"trace_{side}": sketch.trace}
+
+
+def too_thin(state: Mapping[str, Any], solver: Mapping[str, Tensor], side: str) -> bool:
+    """Whether the inverse built from a state's sketch misses more than :data:`LARGEST_ERROR` allows.
+
+    Args:
+        state: The weight's state, which holds the sketch if there is one.
+        solver: As :func:`mupx.lowrank.state_of` returns it, of the inverse.
+        side: ``"A"`` or ``"B"``.
+    """
+    function, factor = function_in(solver, side), factor_in(solver, side)
+    if f"image_{side}" not in state or function is None or factor is None:
+        return False
+    # Outside the columns the inverse is 1/ρ; zero where there is no step.
+    error = solver_error(factor, 1 / function.rest)
+    return bool(error > LARGEST_ERROR)
+
+
+def give_up(state: dict[str, Any], side: str) -> None:
+    """Remove a sketch for good: what is averaged from then on is exact."""
+    for key in ("image", "test"):
+        state.pop(f"{key}_{side}", None)
+    state[f"exact_{side}"] = True
+
+
+def was_given_up(state: Mapping[str, Any], side: str) -> bool:
+    """Whether :func:`give_up` was called."""
+    return f"exact_{side}" in state

@@ -1,0 +1,110 @@
+"""A factor seen through a fixed random matrix, against the factor itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mupx import sketch
+from mupx.lowrank import Columns
+from mupx.lowrank import averaged as averaged_columns
+from mupx.sketch import Sketch, averaged, begun, recovered, solver_error
+
+D = 60
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupx.sketch.RANK", 20)
+    monkeypatch.setattr("mupx.sketch.PROBES", 12)
+
+
+def columns(seed: int, n: int = 5, power: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.arange(1, n + 1, dtype=torch.double) ** -power
+    return torch.randn(D, n, generator=generator, dtype=torch.double) * decay
+
+
+def stream(seeds: range, n: int = 5, power: float = 0.0, keep: float = 0.8) -> tuple[Sketch, Tensor]:
+    """Return the sketch of an average and the average."""
+    found, exact = begun(None, columns(0)), torch.zeros(D, D, dtype=torch.double)
+    for seed in seeds:
+        F = columns(seed, n, power)
+        after = averaged(found, F, keep, 1 - keep)
+        assert after is not None
+        found, exact = after, keep * exact + (1 - keep) * F @ F.mT
+    return found, exact
+
+
+def dense(factor: Columns) -> Tensor:
+    return factor.columns @ factor.columns.mT
+
+
+def test_the_image_and_the_trace_are_those_of_the_average() -> None:
+    found, exact = stream(range(9))
+    torch.testing.assert_close(found.image, exact @ found.test)
+    torch.testing.assert_close(found.trace, exact.trace())
+    wrong, _ = stream(range(9), keep=0.7)
+    assert not torch.allclose(wrong.image, exact @ found.test)
+
+
+def test_a_factor_of_lower_rank_than_the_sketch_is_recovered_exactly() -> None:
+    found, exact = stream(range(3))
+    factor = recovered(found)
+    torch.testing.assert_close(dense(factor), exact, rtol=0, atol=1e-8)
+    gram = factor.columns.mT @ factor.columns
+    torch.testing.assert_close(gram, torch.diag(factor.values), rtol=0, atol=1e-8)
+    assert float(factor.dropped) < 1e-7 * float(exact.trace())
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_what_is_missed_is_positive_and_measured(power: float) -> None:
+    found, exact = stream(range(12), n=30, power=power)
+    factor = recovered(found)
+    error = exact - dense(factor)
+    assert float(torch.linalg.eigvalsh(error)[0]) > -1e-9
+    size = float(torch.linalg.matrix_norm(error))
+    assert 0.6 * size < float(factor.dropped) < 1.5 * size
+    assert float(factor.dropped) < 0.7 * float(torch.linalg.matrix_norm(exact))
+
+
+@pytest.mark.parametrize("rho", [0.03, 0.3, 3.0])
+def test_the_solver_is_within_the_stated_error(rho: float) -> None:
+    found, exact = stream(range(12), n=30, power=1.0)
+    factor, eye = recovered(found), torch.eye(D, dtype=torch.double)
+    gap = torch.linalg.inv(exact + rho * eye) - torch.linalg.inv(dense(factor) + rho * eye)
+    stated = float(solver_error(factor, torch.tensor(rho, dtype=torch.double)))
+    measured = float(torch.linalg.matrix_norm(gap)) * rho / D**0.5
+    # The measure is an estimate from a few probes: half as much again is allowed for.
+    assert measured < 1.5 * stated
+    assert measured > 0.01 * stated
+
+
+def test_it_goes_on_from_columns() -> None:
+    old = averaged_columns(None, columns(0), 0.0, 1.0)
+    after = averaged(begun(old, columns(1)), columns(1), 0.5, 0.5)
+    assert after is not None
+    wanted = 0.5 * (columns(0) @ columns(0).mT + columns(1) @ columns(1).mT)
+    torch.testing.assert_close(dense(recovered(after)), wanted, rtol=0, atol=1e-8)
+
+
+def test_a_zero_factor_has_no_eigenvalues_and_a_broken_one_is_refused() -> None:
+    zero = averaged(begun(None, columns(0)), 0 * columns(0), 0.5, 0.5)
+    assert zero is not None
+    factor = recovered(zero)
+    assert not factor.values.any()
+    assert not factor.columns.any()
+    assert averaged(zero, columns(0) * torch.inf, 0.5, 0.5) is None
+
+
+def test_the_state_gives_back_what_it_was_given() -> None:
+    found, _ = stream(range(2))
+    state = sketch.state_of("A", found)
+    again = sketch.sketch_in(state, "A")
+    assert again is not None
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    assert sketch.sketch_in(state, "B") is None
+    sketch.give_up(state, "A")
+    assert sketch.sketch_in(state, "A") is None
+    assert sketch.was_given_up(state, "A")
