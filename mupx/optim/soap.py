@@ -59,11 +59,10 @@ def followed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The new basis, and the old column ``[..., d]`` in each place of it.
     """
-    # The authors' order of operations: where a factor lacks rank, rounding decides the last columns.
-    estimated = (basis.mT @ factor @ basis).diagonal(dim1=-2, dim2=-1)
-    order = estimated.argsort(dim=-1, descending=True)
+    image = factor @ basis
+    order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
     columns = order[..., None, :].expand(basis.shape)
-    return torch.linalg.qr(factor @ basis.gather(-1, columns))[0], order
+    return torch.linalg.qr(image.gather(-1, columns))[0], order
 
 
 class SOAP(Base):
