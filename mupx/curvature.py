@@ -188,6 +188,13 @@ class FactorRows(FactorSums):
                 add(each)
             kept.clear()
 
+    def sum_up(self) -> None:
+        """Turn what is kept as rows into sums."""
+        for rows, add in ((self.h, super()._keep_inputs), (self.delta, super()._keep_outputs)):
+            for each in rows if self.summed else ():
+                add(each)
+            rows.clear()
+
     def columns(self, side: str) -> Tensor | None:
         """Return a thin F ``[d, n]`` with F Fᵀ = the factor, or None where the rows were summed up."""
         rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]

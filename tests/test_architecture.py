@@ -41,6 +41,7 @@ LEVELS = {
     "mupx.sketch": 2,
     "mupx.preconditioning": 3,
     "mupx.samples": 3,
+    "mupx.pooling": 3,
     "mupx.losses": 2,
     "mupx.plain_loss": 2,
     "mupx.curvature": 3,
@@ -69,7 +70,7 @@ LEVELS = {
     "mupx.stackable": 6,
     "mupx.lockstep": 6,
     "mupx.stacked": 5,
-    "mupx.distributed": 6,
+    "mupx.distributed": 2,
     "mupx.search": 7,
     "mupx.checks": 7,
     "mupx.api": 8,
@@ -87,7 +88,13 @@ HEAVY = {"torch", "numpy", "pandas", "matplotlib", "optuna", "pyarrow"}
 # Tables of strings: reading the names costs nothing, whatever the level.
 TABLES = {"mupx.optim", "mupx.models", "mupx.datasets"}
 # What optimizers derive from; an optimizer never imports another one.
-BASES = {"mupx.optim", "mupx.optim.base", "mupx.optim.captured", "mupx.optim.kronecker"}
+BASES = {
+    "mupx.optim",
+    "mupx.optim.base",
+    "mupx.optim.divided",
+    "mupx.optim.captured",
+    "mupx.optim.kronecker",
+}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -210,3 +217,18 @@ def test_every_module_has_a_docstring() -> None:
         if source.strip() and not ast.get_docstring(ast.parse(source))
     ]
     assert bare == []
+
+
+def knows_other_processes(source: str) -> bool:
+    tree = ast.parse(source)
+    attributes = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "distributed")
+    used = any(isinstance(n.value, ast.Name) and n.value.id == "torch" for n in attributes)
+    return used or any(name.startswith("torch.distributed") for name in imports(source))
+
+
+def test_one_package_alone_knows_torch_distributed() -> None:
+    knowing = {name for name, source in SOURCES.items() if knows_other_processes(source)}
+    assert {name for name in knowing if not name.startswith("mupx.distributed")} == set()
+    assert knowing
+    assert knows_other_processes("def f():\n    from torch.distributed.tensor import DTensor")
+    assert knows_other_processes("ranks = torch.distributed.get_world_size()")

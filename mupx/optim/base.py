@@ -178,10 +178,8 @@ class Base(torch.optim.Optimizer):
             self.forget()
             return loss
         self.before_step()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel():
-                    self._update(parameter, group)
+        moving = ((p, g) for g in self.param_groups for p in g["params"] if p.grad is not None)
+        self.update_all([(parameter, group) for parameter, group in moving if parameter.numel()])
         return loss
 
     @property
@@ -217,27 +215,36 @@ class Base(torch.optim.Optimizer):
     def forget(self) -> None:
         """Drop what the passes captured for a step that will not be done."""
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        factor, gradient = decayed(
-            parameter,
-            parameter.grad,  # type: ignore[arg-type]
-            group["weight_decay_mode"],
-            group["weight_decay"],
-            lr,
-            group["reference_lr"],
-        )
-        fallback = group["algorithm"] != self.algorithm
-        direct = self.adam if fallback else self.direction
+    def update_all(self, moving: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Move the parameters that have a gradient, each with its group."""
+        for parameter, group in moving:
+            factor, update = self.update_of(parameter, group, self._decayed(parameter, group))
+            self.move(parameter, group, factor, update)
+
+    def update_of(
+        self, parameter: Tensor, group: dict[str, Any], decayed: tuple[Scalar, Tensor]
+    ) -> tuple[Scalar, Tensor]:
+        """Return (factor on the weights, direction) from (that factor, the gradient)."""
+        factor, gradient = decayed
+        direct = self.adam if group["algorithm"] != self.algorithm else self.direction
         with self.repairing(parameter):
-            update = direct(parameter, gradient, group)
+            return factor, direct(parameter, gradient, group)
+
+    def move(self, parameter: Tensor, group: dict[str, Any], factor: Scalar, update: Tensor) -> None:
+        """Do W ← factor · W − lr · u."""
         if not (isinstance(factor, float) and factor == 1.0):
             parameter.mul_(factor)
-        lr = lr if fallback else self.step_size(parameter, group)
+        fallback = group["algorithm"] != self.algorithm
+        lr = group["lr"] if fallback else self.step_size(parameter, group)
         if isinstance(lr, Tensor):
             parameter.sub_(lr.to(update.dtype) * update)
         else:
             parameter.add_(update, alpha=-lr)
+
+    def _decayed(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Scalar, Tensor]:
+        """Return (factor on the weights, gradient) under the group's weight decay."""
+        decay = (group["weight_decay_mode"], group["weight_decay"], group["lr"], group["reference_lr"])
+        return decayed(parameter, parameter.grad, *decay)  # type: ignore[arg-type]
 
     def step_size(self, parameter: Tensor, group: dict[str, Any]) -> Scalar:
         """Return what multiplies the direction: the lr, times a scale of the optimizer's own if it has one.
@@ -411,38 +418,6 @@ def require_choice(what: str, given: str, allowed: Iterable[str]) -> str:
 def require_damping_rule(optimizer: str, given: str) -> str:
     """Return ``given`` if the optimizer's scaling rule knows this damping rule."""
     return require_choice(f"damping_rule of {optimizer}", given, find_rule(optimizer).damping)
-
-
-def sharded(parameter: Tensor) -> bool:
-    """Whether other processes hold parts of a parameter, as under FSDP."""
-    if not _several_possible():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
-
-
-def require_whole(optimizer: str, parameters: Iterable[Tensor]) -> None:
-    """Refuse parameters that other processes hold a part of, or compute another gradient for.
-
-    Statistics of one rank's samples would precondition the gradient of all ranks differently on each, and
-    the ranks' weights would part without a word.
-
-    Raises:
-        UsageError: The process group has several ranks, or a parameter is sharded.
-    """
-    ranks = torch.distributed.get_world_size() if _several_possible() else 1
-    what = "sharded parameters" if any(map(sharded, parameters)) else f"{ranks} ranks" if ranks > 1 else ""
-    if what:
-        raise UsageError(
-            f"{optimizer} cannot train with {what}: its curvature is that of one process's samples, so the "
-            "ranks' weights would drift apart; train in one process, or use shampoo, adamw or sgd, which see "
-            "only the averaged gradient"
-        )
-
-
-def _several_possible() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _copied(lr: Scalar) -> Scalar:

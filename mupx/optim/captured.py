@@ -22,20 +22,20 @@ from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
 from mupx.optim.base import (
     DEFAULTS,
-    Base,
     Groups,
     Refresh,
     require_choice,
     require_refresh,
-    require_whole,
     sort_groups,
 )
+from mupx.optim.divided import Divided, cubes_of, interval_of
+from mupx.pooling import pool
 from mupx.refresh import needs_refresh, needs_statistics
 
 FISHERS = ("empirical", "mc", "exact")
 
 
-class Captured(Base):
+class Captured(Divided):
     """An optimizer for Linear and ungrouped Conv2d layers; everything else goes to AdamW.
 
     Args:
@@ -64,6 +64,7 @@ class Captured(Base):
         "_model",
     )
     bias_needs_weight: ClassVar[bool] = True  # a bias is preconditioned by what lives with its weight
+    sides: ClassVar[str] = "AB"
 
     def __init__(
         self,
@@ -196,17 +197,56 @@ class Captured(Base):
         self._sums = {}
 
     def before_step(self) -> None:
-        """Turn what was captured into state, where its step has come."""
-        require_whole(self.algorithm, self._weights())
+        """Turn what was captured, by all ranks, into state, where its step has come."""
+        super().before_step()
         self._rows, self._sums = self._sums, {}
         # Looked up anew: load_state_dict replaces the groups.
         groups = {id(p): g for g in self.param_groups for p in g["params"]}
-        for weight in self._weights():
-            state = self.state.get(weight, {})
-            due = self._averages(state) or needs_refresh(state, self.refresh, self.staleness)
-            if due and weight.grad is not None:
-                with self.repairing(weight):
-                    self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
+        due = [weight for weight in self._weights() if weight.grad is not None and self._renews(weight)]
+        self._pool([weight for weight in due if self._averages(self.state.get(weight, {}))])
+
+        def refresh(weight: Tensor) -> None:
+            self.refresh_layer(weight, self._rows.get(self._name(weight), FactorSums()), groups)
+
+        self.refresh_all(due, refresh)
+        if self.communicator.shares:
+            # What the others make their update with is the solver: rows must not make this one's.
+            updates = {self._name(weight) for weight in due if self.sends_updates(weight)}
+            self._rows = {name: rows for name, rows in self._rows.items() if name in updates}
+
+    def _renews(self, weight: Tensor) -> bool:
+        state = self.state.get(weight, {})
+        return self._averages(state) or needs_refresh(state, self.refresh, self.staleness)
+
+    def _pool(self, weights: list[Tensor]) -> None:
+        ranks = self.communicator
+        if ranks.size == 1 or not weights:
+            return
+        sums = [self._rows.setdefault(self._name(w), self._collector(w, True)) for w in weights]
+        pool(ranks, sums, weights, [self.owner(w) for w in weights], [self._keeps_rows(w) for w in weights])
+
+    def _keeps_rows(self, weight: Tensor) -> bool:
+        """Whether rows are of use beyond the sums that they add up to."""
+        return False
+
+    def unit(self, parameter: Tensor) -> Tensor:
+        """Return the weight whose factors a parameter uses."""
+        return self._owned(parameter)
+
+    def cost(self, parameter: Tensor) -> float:
+        """Return Σ d³ over the factors of a weight."""
+        return cubes_of(parameter, self.sides.translate(str.maketrans("AB", "RL")))
+
+    @property
+    def interval(self) -> int:
+        """Steps between refreshes in the long run."""
+        return interval_of(self.refresh)
+
+    def followed(self, parameter: Tensor) -> None:
+        """Count a step that the owner does: on it depends when the next refresh is due."""
+        if id(parameter) in self._layers:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
 
     @abstractmethod
     def refresh_layer(self, weight: Tensor, sums: FactorSums, groups: Mapping[int, dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ be width-invariant: tr(F) goes as r_in/r_out, as λmax(F) does, while the mean h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,8 @@ class EKFAC(Kronecker):
     """
 
     algorithm = "ekfac"
+    solver_keys = re.compile(r"vectors_[AB]|S|s|usable")
+    statistics_keys = re.compile(r"[AB]")
 
     def __init__(
         self,
@@ -118,6 +121,10 @@ class EKFAC(Kronecker):
             generator=generator,
             fallback_lr=fallback_lr,
         )
+
+    def solver_size(self, parameter: Tensor) -> int:
+        """Return the entries of the eigenbases and of S."""
+        return super().solver_size(parameter) + parameter.numel()
 
     def _collector(self, weight: Tensor, due: bool) -> FactorSums:
         return SampleRows()

@@ -39,7 +39,7 @@ from mupx.curvature import FactorSums
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, damped_cholesky, largest_eigenvalue, over, trace
 from mupx.losses import Loss
-from mupx.optim.base import Groups, Scale, decayed, require_damping_rule, split_ridge
+from mupx.optim.base import Groups, Scale, require_damping_rule, split_ridge
 from mupx.optim.captured import Captured
 from mupx.samples import SampleRows, combine, gram, project
 
@@ -247,7 +247,7 @@ class GaussNewton(Captured):
             if not group["damping_B"] > 0:
                 raise UsageError(f"damping of {self.algorithm} must be > 0, got {group['damping_B']}")
             inputs = h if parameter is weight else torch.ones_like(h[..., :1])
-            matrix = _gradient(parameter, group).reshape(delta.shape[-1], -1)
+            matrix = self._gradient(parameter, group).reshape(delta.shape[-1], -1)
             self._blocks[id(parameter)] = Block(matrix, inputs, delta, group["damping_B"])
 
     def _require_same(self, blocks: Sequence[Block]) -> None:
@@ -296,12 +296,10 @@ class GaussNewtonFull(GaussNewton):
     algorithm = "gauss-newton-full"
     whole = True
 
-
-def _gradient(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Return the gradient the step will use, an l2 decay included."""
-    assert parameter.grad is not None
-    decay = (group["weight_decay_mode"], group["weight_decay"], group["lr"], group["reference_lr"])
-    return decayed(parameter, parameter.grad, *decay)[1]
+    def unit(self, parameter: Tensor) -> Tensor:
+        """Return the first weight: one system, one owner."""
+        first: Tensor = next(iter(self._layers.values())).weight
+        return first
 
 
 def _apart(directions: Tensor) -> Iterable[Tensor]:

@@ -87,8 +87,9 @@ class KFAC(Kronecker):
         weight_decay_mode: ``independent``, ``adamw`` or ``l2``.
         generator: Source of the Monte-Carlo labels.
 
-    Several processes (DistributedDataParallel, FSDP) are refused: A and B are those of one process's
-    samples.
+    Under DistributedDataParallel and FSDP A and B are those of all ranks' samples: every rank must refresh
+    at the same steps, with its part of the batch inside :meth:`curvature`. Where ranks hold unequal parts,
+    the weight that makes the ranks' mean loss the batch's belongs into ``loss_scale``.
     """
 
     algorithm = "kfac"

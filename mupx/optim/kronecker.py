@@ -6,10 +6,11 @@ columns (:mod:`mupx.lowrank`), whichever costs less, and solved with or inverted
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class Kronecker(Captured):
         **more: The rest.
     """
 
-    sides: ClassVar[str] = "AB"
+    solver_keys = re.compile(r"(inverse|cholesky|usable|columns|gain|rest|vectors|inner)(_\w+)?")
+    statistics_keys = re.compile(r"[AB]|(values|dropped|trace|image|test|exact)_[AB]")
     kept = (*Captured.kept, "damping_rule", "solver")
 
     def __init__(
@@ -80,7 +82,18 @@ class Kronecker(Captured):
             solved: Sides whose Cholesky factor is kept in place of the inverse.
         """
 
+    def solver_size(self, parameter: Tensor) -> int:
+        """Return the entries of the damped inverses."""
+        d_out, d_in = parameter.flatten(1).shape
+        return ("A" in self.sides) * d_in**2 + ("B" in self.sides) * d_out**2
+
+    def _keeps_rows(self, weight: Tensor) -> bool:
+        # As columns, or where one process multiplies thin products.
+        return self.solver == "low-rank" or (self._columns and max(weight.flatten(1).shape) >= SMALLEST)
+
     def _watched(self) -> list[Tensor]:
+        if self.communicator.size > 1:
+            return self._due()  # one rank's rows give one rank's gradient, which no update is made of
         return [
             p
             for p in self._weights()

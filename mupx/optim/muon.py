@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, over
-from mupx.optim.base import DEFAULTS, Base, Groups, Scale, require_choice, sort_groups
+from mupx.optim.base import DEFAULTS, Groups, Scale, require_choice, sort_groups
+from mupx.optim.divided import Divided
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: singular values end near 1, not at it
 MOST_STEPS = 100
@@ -89,7 +90,7 @@ def _plus_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha:
     return torch.baddbmm(*stack, beta=beta, alpha=alpha).view_as(base)
 
 
-class Muon(Base):
+class Muon(Divided):
     """Muon with Nesterov momentum, to the last bit that of ``torch.optim.Muon`` where no width has grown.
 
     s is ``original``: √max(1, d_out/d_in), ``match_rms_adamw``: 0.2 √max(d_out, d_in), or ``fan_ratio``:
@@ -126,6 +127,7 @@ class Muon(Base):
     """
 
     algorithm = "muon"
+    dispatches = True
     kept = ("nesterov", "adjust_lr_fn", "ns_steps", "ns_coefficients", "dtype")
 
     def __init__(
@@ -168,6 +170,13 @@ class Muon(Base):
         }
         groups = sort_groups(params, fallback_lr, lambda p: p.dim() >= 2)
         super().__init__(_cut(groups, parts or {}, model), defaults)
+
+    def cost(self, parameter: Tensor) -> float:
+        """Return the multiplications of one iteration, 2 m² n + m³ for the shorter side m of a part."""
+        parts = next(g["parts"] for g in self.param_groups if any(p is parameter for p in g["params"]))
+        rows, columns = parameter.flatten(1).shape
+        m, n = sorted((rows // parts, columns))
+        return float(parts * (2 * m**2 * n + m**3))
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return O, part by part."""

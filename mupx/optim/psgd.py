@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, over
-from mupx.optim.base import DEFAULTS, Base, Groups, sharded, sort_groups
+from mupx.optim.base import DEFAULTS, Groups, sort_groups
+from mupx.optim.divided import Divided, cubes_of
 
 POWER_STEPS = 4  # of the estimate of a spectral norm; it errs to the small side
 
@@ -100,7 +101,7 @@ def cut(update: Tensor, limit: Scalar) -> Tensor:
     return update * (over(limit, update) / spectral_norm(update)).clamp(max=1.0)
 
 
-class PSGD(Base):
+class PSGD(Divided):
     """Preconditioned SGD with a whitening Kronecker preconditioner.
 
     Width rule (derived: of P's fixed point P G has a spectral norm of order one): lr × (r_out/r_in)^½. A fit
@@ -170,9 +171,13 @@ class PSGD(Base):
         }
         super().__init__(sort_groups(params, fallback_lr, lambda p: p.dim() >= 2), defaults)
 
+    def cost(self, parameter: Tensor) -> float:
+        """Return Σ d³ over both factors."""
+        return cubes_of(parameter, "LR")
+
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the momentum of P G, fitted to G first where this step fits."""
-        state, matrix = self.state[parameter], _whole(gradient)
+        state, matrix = self.state[parameter], gradient.flatten(1)
         step = state["step"] = state.get("step", 0) + 1
         if "Q_L" not in state and bool(matrix.any()):  # of a gradient of zeros there is nothing to learn
             state["Q_L"], state["Q_R"] = started(matrix)
@@ -180,7 +185,7 @@ class PSGD(Base):
             return self.momentum(parameter, torch.zeros_like(gradient), group)
         self._fit(state, matrix, int(group["seed"]), step)
         update = cut(preconditioned(matrix, state["Q_L"], state["Q_R"]), self.clip)
-        return self.momentum(parameter, _shaped(update, gradient), group)
+        return self.momentum(parameter, update.view_as(gradient), group)
 
     def precondition(
         self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
@@ -191,11 +196,11 @@ class PSGD(Base):
         state = self.state.get(parameter, {})
         if "Q_L" not in state:
             return None
-        matrix, Q_L, Q_R = _whole(vector), state["Q_L"], state["Q_R"]
+        matrix, Q_L, Q_R = vector.flatten(1), state["Q_L"], state["Q_R"]
         if not inverse:
-            return _shaped(preconditioned(matrix, Q_L, Q_R), vector)
+            return preconditioned(matrix, Q_L, Q_R).view_as(vector)
         half = torch.cholesky_solve(matrix, Q_L, upper=True)
-        return _shaped(torch.cholesky_solve(half.mT, Q_R, upper=True).mT, vector)
+        return torch.cholesky_solve(half.mT, Q_R, upper=True).mT.view_as(vector)
 
     def _fit(self, state: dict[str, Any], matrix: Tensor, seed: int, step: int) -> None:
         # Weights of one shape share their probes: their fits do not meet.
@@ -208,21 +213,6 @@ class PSGD(Base):
             state["Q_L"], state["Q_R"] = fitted(
                 matrix, state["Q_L"], state["Q_R"], probe, self.preconditioner_lr
             )
-
-
-def _whole(gradient: Tensor) -> Tensor:
-    """Return the matrix; under FSDP every rank fits the same factors to all of it."""
-    whole: Tensor = gradient.full_tensor() if sharded(gradient) else gradient  # type: ignore[attr-defined]
-    return whole.flatten(1)
-
-
-def _shaped(matrix: Tensor, like: Tensor) -> Tensor:
-    if not sharded(like):
-        return matrix.view_as(like)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    return distribute_tensor(matrix.view(like.shape), like.device_mesh, like.placements)
 
 
 def _require(rate: float, iterations: int, probability: float, clip: float, seed: int) -> None:

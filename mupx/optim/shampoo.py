@@ -10,6 +10,7 @@ each with its own factors. What is not a matrix (biases, gains) goes to AdamW.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mupx.blocks import BOTH, blocks_of
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
+from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, inverse_root
 from mupx.lowrank import (
@@ -38,7 +40,6 @@ from mupx.lowrank import (
 from mupx.lowrank import inverse_root as low_rank_root
 from mupx.optim.base import (
     DEFAULTS,
-    Base,
     Groups,
     Refresh,
     Scale,
@@ -48,10 +49,10 @@ from mupx.optim.base import (
     require_damping_rule,
     require_refresh,
     running_average,
-    sharded,
     sort_groups,
     split_ridge,
 )
+from mupx.optim.divided import Divided, interval_of
 from mupx.preconditioning import (
     Identity,
     Operator,
@@ -94,7 +95,7 @@ def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str)
     return root_L, root_R
 
 
-class Shampoo(Base):
+class Shampoo(Divided):
     """Shampoo with exponent ¼ on each side; the variants below it differ in exponent or sides alone.
 
     Width rule (arXiv:2312.12226; 2512.05620): lr × (r_out/r_in)^½ · n_blocks^-½; an absolute ridge ×
@@ -133,6 +134,8 @@ class Shampoo(Base):
     algorithm = "shampoo"
     exponent: ClassVar[float] = EXPONENT
     sides: ClassVar[str] = BOTH
+    solver_keys = re.compile(r"(root|columns|gain|rest)_[LR]\d+")
+    statistics_keys = re.compile(r"[LR]\d+|(values|dropped|trace)_[LR]\d+")
     kept = (
         "damping_rule",
         "accumulate",
@@ -202,6 +205,7 @@ class Shampoo(Base):
         self._names = {id(layer.weight): name for name, layer in self._layers.items()}
         self._captured: dict[str, FactorRows] = {}
         self._rows: dict[str, FactorRows] = {}
+        self._thin: dict[int, tuple[Tensor, Tensor] | None] = {}  # by parameter, of this step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; a copy finds its own model's layers."""
@@ -232,15 +236,14 @@ class Shampoo(Base):
             raise
 
     def _watched(self) -> dict[str, Layer]:
-        if self.solver == "dense":
-            return {}
+        if self.solver == "dense" or self.communicator.size > 1:
+            return {}  # one process has rows for its own samples, but the gradient is of all
         mine = {id(p) for g in self.param_groups if g["algorithm"] == self.algorithm for p in g["params"]}
         return {
             name: layer
             for name, layer in self._layers.items()
             if id(layer.weight) in mine
             and layer.weight.requires_grad
-            and not sharded(layer.weight)  # one process has rows for its own samples, but no whole gradient
             and (self.solver == "low-rank" or max(layer.weight.flatten(1).shape) >= SMALLEST)
         }
 
@@ -249,42 +252,93 @@ class Shampoo(Base):
         self._captured = {}
 
     def before_step(self) -> None:
-        """Take over what the last passes captured."""
+        """Update statistics and roots where their step has come."""
+        super().before_step()
         self._rows, self._captured = self._captured, {}
+        due = {
+            parameter: group
+            for group in self.param_groups
+            if group["algorithm"] == self.algorithm
+            for parameter in group["params"]
+            if parameter.grad is not None and parameter.numel() and self._renews(parameter)
+        }
+        self.refresh_all(list(due), lambda parameter: self._renew(parameter, due[parameter]))
 
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the momentum of L^-¼ G R^-¼, block by block."""
-        state = self.state[parameter]
+    def _renews(self, parameter: Tensor) -> bool:
+        state = self.state.get(parameter, {})
+        new = needs_statistics(state, self.refresh, self.staleness, self.statistics)
+        return new or needs_refresh(state, self.refresh, self.staleness)
+
+    def _renew(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, matrix = self.state[parameter], self._gradient(parameter, group).flatten(1)
         step = state.get("step", 0)
         gap = step - averaged_at(state)
         new = needs_statistics(state, self.refresh, self.staleness, self.statistics)
         if new:
             state["averaged_at"] = step
         stale = needs_refresh(state, self.refresh, self.staleness)
-        matrix = gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
+        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
+            self._refresh(state, index, matrix[rows, columns], thin, group, gap if new else None, stale)
+        if new:
+            state["averages"] = averages(state) + 1
+        if stale:
+            state["refreshed_at"] = step
+
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the momentum of L^-¼ G R^-¼, block by block."""
+        state, matrix = self.state[parameter], gradient.flatten(1)
+        thin = self._thin_gradient(parameter, matrix)
+        self._rows.pop(self._names.get(id(parameter), ""), None)
+        self._thin.pop(id(parameter), None)
         update = matrix.new_empty(matrix.shape)
         for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
             block = matrix[rows, columns]
-            if new or stale:
-                self._refresh(state, index, block, thin, group, gap if new else None, stale)
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             d_out, d_in = block.shape
             if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
                 update[rows, columns] = thin_update(left, *thin, right)
             else:
                 update[rows, columns] = times(left @ block, right)
-        if new:
-            state["averages"] = averages(state) + 1
-        if stale:
-            state["refreshed_at"] = step
-        state["step"] = step + 1
+        state["step"] = state.get("step", 0) + 1
         return self.momentum(parameter, update.view_as(gradient), group)
 
+    def cost(self, parameter: Tensor) -> float:
+        """Return Σ d³ over the factors of all blocks."""
+        return sum(cubes(shape, self.sides) for shape in self._blocks(parameter))
+
+    def solver_size(self, parameter: Tensor) -> int:
+        """Return the entries of the roots of all blocks."""
+        sides = (
+            d**2
+            for shape in self._blocks(parameter)
+            for side, d in zip(BOTH, shape, strict=True)
+            if side in self.sides
+        )
+        return sum(sides)
+
+    def _blocks(self, parameter: Tensor) -> list[tuple[int, int]]:
+        cuts = blocks_of(parameter.flatten(1).shape, self.blocks, self.sides)
+        return [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in cuts]
+
+    @property
+    def interval(self) -> int:
+        """Steps between refreshes in the long run."""
+        return interval_of(self.refresh)
+
+    def followed(self, parameter: Tensor) -> None:
+        """Count a step that the owner does: on it depends when the next refresh is due."""
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+
     def _thin_gradient(self, parameter: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-        rows = self._rows.pop(self._names.get(id(parameter), ""), None)
+        rows = self._rows.get(self._names.get(id(parameter), ""))
         one_block = not self.blocks or max(matrix.shape) <= self.blocks
-        return rows.gradient(matrix) if rows is not None and one_block else None
+        if rows is None or not one_block:
+            return None
+        if id(parameter) not in self._thin:
+            self._thin[id(parameter)] = rows.gradient(matrix)
+        return self._thin[id(parameter)]
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return λmax and trace of L and R, the largest over blocks, with their ridges."""

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from mupx.blocks import BOTH, blocks_of
+from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
-from mupx.optim.base import DEFAULTS, Base, Groups, Scale, adam_direction, finite_or, sort_groups
+from mupx.optim.base import DEFAULTS, Groups, Scale, adam_direction, finite_or, sort_groups
+from mupx.optim.divided import Divided
 from mupx.refresh import Refresh, refresh_interval, require_refresh
 
 
@@ -65,7 +67,7 @@ def followed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(image.gather(-1, columns))[0], order
 
 
-class SOAP(Base):
+class SOAP(Divided):
     """Adam in Shampoo's eigenbasis.
 
     Width rule (arXiv:2512.05620, 2603.00541): lr × (r_out/r_in)^½ · n_blocks^-½, eps × its counterpart
@@ -162,6 +164,11 @@ class SOAP(Base):
                     f"= {self.max_precond_dim} and grew with width: the proxy rotates what this model "
                     "would not; raise max_precond_dim (0: no limit), or set blocks, from the base width on"
                 )
+
+    def cost(self, parameter: Tensor) -> float:
+        """Return Σ d³ over the rotated sides of all blocks."""
+        cuts = blocks_of(parameter.flatten(1).shape, self.blocks, self.sides)
+        return sum(cubes((r.stop - r.start, c.stop - c.start), self.sides) for r, c in cuts)
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Adam's direction in the eigenbasis, rotated back; zero at the first gradient."""
