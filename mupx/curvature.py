@@ -299,6 +299,8 @@ class EagerCapture:
                     self._sums[name].add_terms(terms)
                 self._sums[name].add_inputs(rows, row_mask(self._mask, rows))
             if self._empirical:
+                if isinstance(terms, Tensor) and layer.weight.dtype == torch.float64:
+                    terms = terms.double()  # a whole number over a float would be float32
                 output.register_hook(lambda g: self._add_delta(name, g, terms / self._loss_scale))
             else:
                 self._edges.append((name, get_gradient_edge(output)))

@@ -34,6 +34,10 @@ class AtStepEnd:
             self.release()
         self._pending = number
 
+    def ask(self) -> None:
+        """Take note of a signal that another process of this job was sent."""
+        self._pending = signal.SIGTERM if self._pending is None else self._pending
+
     @property
     def asked(self) -> bool:
         """Whether a signal has arrived."""

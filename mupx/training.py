@@ -16,21 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupx import checkpoint, parts
+from mupx import checkpoint, parts, sharded_checkpoint
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
+from mupx.distributed.communicator import Communicator
 from mupx.errors import UsageError
 from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
 from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
 from mupx.optim.adapter import Trainable
+from mupx.optim.base import Base
+from mupx.parallel import Parallel
 from mupx.parametrization import build_optimizer, initialise, resolved
 from mupx.parts import describe, load_data, own
 from mupx.plain_loss import find_loss
 from mupx.quality import Watch
 from mupx.recipe import Recipe
-from mupx.run_folder import Metrics, Result, RunFolder
+from mupx.run_folder import Metrics, Result
+from mupx.shared_folder import SharedFolder
 
 DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
 SKIPPED_AT = 10  # steps in a row without a finite gradient, though the loss is finite: they will not end
@@ -90,6 +94,8 @@ def train(
     reports: int = 0,
     evaluate_test: bool = False,
     progress: Progress | None = None,
+    ranks: Communicator | None = None,
+    fsdp: bool = False,
 ) -> Result:
     """Train ``experiment`` at ``experiment.scaling.width`` and say how it ended.
 
@@ -103,6 +109,8 @@ def train(
         reports: Number of calls of ``report``.
         evaluate_test: Also measure the test split at the end. A search never does.
         progress: ``(step, steps, loss)`` after every step.
+        ranks: Who trains together, each calling this (:func:`mupx.distributed.joining.join`); alone if None.
+        fsdp: Split parameters, optimizer state and curvature over ranks in place of copies on each.
 
     Raises:
         UsageError: A name or value of the experiment is wrong.
@@ -113,10 +121,14 @@ def train(
     if experiment.train.threads is not None:
         torch.set_num_threads(experiment.train.threads)
     data = load_data(experiment) if data is None else data
-    folder = None if run_dir is None else RunFolder(run_dir, experiment, data.checksum, evaluate_test)
+    parallel = Parallel(ranks or Communicator(), fsdp)
+    parallel.require_same({**experiment.identity(search=False), "data_checksum": data.checksum})
+    folder = None
+    if run_dir is not None:
+        folder = SharedFolder(parallel.ranks, run_dir, experiment, data.checksum, evaluate_test)
     if folder is not None and (done := folder.result()) is not None:
         return done
-    run = Run(experiment, data, describe(experiment, data) if recipe is None else recipe.parameters)
+    run = Run(experiment, data, describe(experiment, data) if recipe is None else recipe.parameters, parallel)
     if folder is not None:
         folder.restore(run)
     result = _loop(run, folder, report, reports, progress, evaluate_test)
@@ -128,22 +140,31 @@ def train(
 class Run:
     """Model, optimizer and data order of one experiment, at one step."""
 
-    def __init__(self, experiment: Experiment, data: Dataset, parameters: tuple[Parameter, ...]) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Dataset,
+        parameters: tuple[Parameter, ...],
+        parallel: Parallel | None = None,
+    ) -> None:
         config = experiment.train
+        self.parallel = Parallel(Communicator()) if parallel is None else parallel
+        self.parallel.require(experiment)
         if config.batch_size % config.accumulate:
             raise UsageError(
                 f"train.batch_size {config.batch_size} is not a multiple of "
                 f"train.accumulate {config.accumulate}"
             )
         self.experiment, self.data = experiment, data
-        self.device, self.dtype = pick_device(config.device), getattr(torch, config.dtype)
+        self.device = pick_device(self.parallel.ranks.device or config.device)
+        self.dtype = getattr(torch, config.dtype)
         self.steps = total_steps(experiment, len(data.train))
         self.loss = find_loss(config.loss)
         self.layers: list[Layer] = derive(parameters, experiment)
+        self.step = 0
         self.model, self.optimizer = self._build()
         self.inputs = self.placed(data.train.inputs)
         self.targets = data.train.targets.to(self.device)
-        self.step = 0
         self.losses: list[float] = []
         self.untrained: dict[str, float] = {}
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -153,12 +174,15 @@ class Run:
         torch.manual_seed(seed)
         model = parts.factory(self.experiment, self.data)(self.experiment.scaling.width)
         initialise(model, self.layers)
-        model = model.to(self.device, self.dtype)
+        self.model = model = model.to(self.device, self.dtype)
+        self.parallel.wrap(model, lambda: self.forward(self.placed(self.data.train.inputs[:2])), self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         epoch = len(self.data.train) // self.experiment.train.batch_size
-        return model, build_optimizer(
+        optimizer = build_optimizer(
             model, self.layers, self.experiment, self.generator, self.loss, self.steps, epoch
         )
+        self.parallel.prepare(optimizer)
+        return model, optimizer
 
     @property
     def factor(self) -> float:
@@ -202,7 +226,7 @@ class Run:
     def _outputs(self, inputs: Tensor) -> Tensor:
         name = self.experiment.model.name
         with own(name, lambda: f"run forward at {self._where} on inputs of shape {list(inputs.shape)}"):
-            outputs = self.model(inputs)
+            outputs = self.parallel.model(self.model)(inputs)
         if not isinstance(outputs, Tensor):
             raise UsageError(f"model {name} returned {type(outputs).__name__}; return one tensor of outputs")
         return outputs
@@ -223,16 +247,14 @@ class Run:
         if self.step <= 1:
             check_groups(self.optimizer, self.layers, self.factor)
         inputs, targets = self.batch()
+        self.parallel.draw(config.seed, self.step, self.generator)
         total = 0.0
         self.optimizer.zero_grad()
-        for x, y, share in self._parts(inputs, targets):
-            with self.optimizer.curvature(y, loss_scale=share):
-                outputs = self.forward(x)
-                self.optimizer.update_curvature(outputs)
-                loss = self.loss(outputs, y)
-                with own(self.experiment.model.name, lambda: f"run backward at {self._where}"):
-                    (loss * share if config.accumulate > 1 else loss).backward()
-            total += loss.item() * share
+        with self.parallel.ranks.guarding():
+            for x, y, share, last in self._parts(inputs, targets):
+                with self.parallel.passing(last):
+                    total += self._pass(x, y, share)
+        total = self.parallel.ranks.summed(total)[0]
         if math.isfinite(total):
             if watch is not None:
                 watch.keep_gradients()
@@ -248,18 +270,38 @@ class Run:
         self.step += 1
         return total
 
-    def _parts(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield the micro-batches that have terms, each with its part of the batch's terms."""
-        count = self.experiment.train.accumulate
-        for x, y in zip(inputs.chunk(count), targets.chunk(count), strict=True):
-            share = self._share(y, targets) if count > 1 else 1.0
-            if share != 0.0:  # the mean over no term is not a number
-                yield x, y, share
+    def _pass(self, x: Tensor, y: Tensor, share: float) -> float:
+        """Add one micro-batch's gradients and statistics; return its part of the batch's loss."""
+        where = own(self.experiment.model.name, lambda: f"run backward at {self._where}")
+        if share == 0.0:  # the mean over no term is not a number, but other ranks wait for this backward pass
+            with where:
+                (self.forward(x).sum() * 0.0).backward()
+            return 0.0
+        weight = share * self.parallel.ranks.size  # the exchange takes the ranks' mean
+        with self.optimizer.curvature(y, loss_scale=weight):
+            outputs = self.forward(x)
+            self.optimizer.update_curvature(outputs)
+            loss = self.loss(outputs, y)
+            with where, self.parallel.ranks.guarding():
+                (loss * weight if weight != 1.0 else loss).backward()
+        return loss.item() * share
+
+    def _parts(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+        """Yield this rank's micro-batches, each with its part of the batch's terms, and if it is the last.
+
+        One without terms is left out where nobody waits for it.
+        """
+        count, several = self.experiment.train.accumulate, self.parallel.several
+        pieces = (self.parallel.pieces(tensor, count) for tensor in (inputs, targets))
+        for i, (x, y) in enumerate(zip(*pieces, strict=True)):
+            share = self._share(y, targets) if several or count > 1 else 1.0
+            if several or share != 0.0:
+                yield x, y, share, i == count - 1
 
     def _gradients(self, inputs: Tensor, targets: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the gradients of a batch's loss, apart from those the parameters carry."""
         totals: list[Tensor | None] = [None] * len(wanted)
-        for x, y, share in self._parts(inputs, targets):
+        for x, y, share, _ in self._parts(inputs, targets):
             loss = self.loss(self.forward(x), y) * share
             for i, new in enumerate(torch.autograd.grad(loss, wanted, allow_unused=True)):
                 old = totals[i]
@@ -276,19 +318,24 @@ class Run:
         self.model.eval()
         total, right, terms, labelled = 0.0, 0, 0, True
         size = examples_at_once(self.model, self.forward, self.placed(split.inputs[:2]))
-        for x, y in zip(split.inputs.split(size), split.targets.split(size), strict=True):
+        for x, y, counts in self.parallel.evaluated(split, size):
             targets = y.to(self.device)
-            counted = int(self.loss.normaliser(targets))
-            if counted == 0:
+            counted = int(self.loss.normaliser(targets)) if counts else 0
+            if counted == 0 and not self.parallel.shard:
                 continue  # the mean over no term is not a number
             outputs = self.forward(self.placed(x))
+            if counted == 0:
+                continue  # sharded parameters are put together by all ranks or none
             total += self.loss(outputs, targets).item() * counted
             labelled = not targets.is_floating_point() and targets.shape == outputs.shape[:-1]
             if labelled:
                 # An ignored target is no class, so it is never right.
                 right += int((outputs.argmax(-1) == targets).sum())
             terms += counted
-        return Metrics(total / terms, right / terms if labelled else None)
+        total, all_right, all_terms, unlabelled = self.parallel.ranks.summed(
+            total, right, terms, not labelled
+        )
+        return Metrics(total / all_terms, None if unlabelled else all_right / all_terms)
 
     def diverged(self, loss: float) -> bool:
         """Whether a loss is beyond return."""
@@ -304,26 +351,50 @@ class Run:
         return self.recent_loss(len(self.losses) - max(1, round(TAIL * len(self.losses))))
 
     def snapshot(self) -> checkpoint.Checkpoint:
-        """Return everything needed to continue to the last bit."""
+        """Return everything needed to continue to the last bit; all ranks call it, rank 0 has the whole."""
         tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return self._beside(tensors, {"optimizer": optimizer})
+
+    def _beside(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> checkpoint.Checkpoint:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["rng/torch"] = checkpoint.rng_state()
         tensors["rng/labels"] = self.generator.get_state()
-        return checkpoint.Checkpoint(
-            self.step, tensors, {"optimizer": optimizer, "untrained": self.untrained}
-        )
+        return checkpoint.Checkpoint(self.step, tensors, {**values, "untrained": self.untrained})
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a snapshot."""
+        """Continue from a snapshot, of however many ranks."""
+        prefix = "model/"
         weights = {
-            name.removeprefix("model/"): tensor
+            name.removeprefix(prefix): tensor
             for name, tensor in saved.tensors.items()
-            if name.startswith("model/")
+            if name.startswith(prefix)
         }
-        self.model.load_state_dict(weights)
         state = checkpoint.unflatten_optimizer(saved.tensors, saved.values["optimizer"])
+        if self.parallel.shard:
+            weights = sharded_checkpoint.cut_weights(self.model, weights)
+            state = sharded_checkpoint.cut_state(self.optimizer, state)
+        self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state)
+        self._continue(saved)
+
+    def write_parts(self, directory: Path) -> checkpoint.Checkpoint | None:
+        """Write each rank's part of sharded tensors and return the rest; None where nothing is sharded."""
+        if not self.parallel.shard:
+            return None
+        assert isinstance(self.optimizer, Base)
+        written = sharded_checkpoint.write(directory, self.model, self.optimizer, self.parallel.ranks)
+        optimizer = checkpoint.flatten_optimizer(written)[1]
+        return self._beside({}, {"optimizer": optimizer, "parts": directory.name})
+
+    def restore_parts(self, saved: checkpoint.Checkpoint, directory: Path) -> None:
+        """Continue from what :meth:`write_parts` wrote and returned, of however many ranks."""
+        assert isinstance(self.optimizer, Base)
+        rest = checkpoint.unflatten_optimizer({}, saved.values["optimizer"])
+        sharded_checkpoint.read(directory, rest, self.model, self.optimizer, self.parallel.ranks)
+        self._continue(saved)
+
+    def _continue(self, saved: checkpoint.Checkpoint) -> None:
         self.losses = saved.tensors["losses"].tolist()
         torch.set_rng_state(saved.tensors["rng/torch"])
         self.generator.set_state(saved.tensors["rng/labels"])
@@ -332,7 +403,7 @@ class Run:
 
 def _loop(
     run: Run,
-    folder: RunFolder | None,
+    folder: SharedFolder | None,
     report: Report | None,
     reports: int,
     progress: Progress | None,
@@ -355,8 +426,10 @@ def _loop(
                 folder.record(run, loss=_finite(loss), lr_factor=_last_factor(run))
                 if watch is not None and watch.found:
                     folder.record(run, **watch.found)
-                if stop.asked and math.isfinite(loss):
-                    folder.save(run)
+            if run.parallel.ranks.any(stop.asked):
+                stop.ask()  # one rank was told to stop: none goes on alone
+            if folder is not None and stop.asked and math.isfinite(loss):
+                folder.save(run)
         stop.release()
         if run.diverged(loss) or run.optimizer.skipped_in_a_row >= SKIPPED_AT:
             outcome = "diverged"
@@ -389,7 +462,9 @@ def require_start(run: Run) -> None:
         )
 
 
-def _result(run: Run, folder: RunFolder | None, outcome: str, evaluate_test: bool, started: float) -> Result:
+def _result(
+    run: Run, folder: SharedFolder | None, outcome: str, evaluate_test: bool, started: float
+) -> Result:
     validation = test = None
     if outcome != "diverged":
         validation = run.evaluate(run.data.validation)
@@ -425,7 +500,7 @@ def _objective(run: Run, since: int) -> float:
     return run.evaluate(run.data.validation).loss
 
 
-def _record_validation(run: Run, folder: RunFolder) -> None:
+def _record_validation(run: Run, folder: SharedFolder) -> None:
     metrics = run.evaluate(run.data.validation)
     folder.record(run, validation_loss=metrics.loss, validation_accuracy=metrics.accuracy)
 

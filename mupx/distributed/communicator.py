@@ -43,9 +43,11 @@ class Communicator:
         size: Number of processes.
         shares: Whether optimizers divide their work among ranks (then ``state_dict`` is collective).
         sent: Kind of message → bytes of its tensors, counted once however many ranks get them.
+        device: Where this rank is to train; None: as the experiment says.
     """
 
     rank, size, shares = 0, 1, False
+    device: str | None = None
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
