@@ -55,7 +55,7 @@ class Parallel:
             micro = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UsageError(
                 f"train.batch_size {config.batch_size}{micro} leaves some of {ranks} ranks without an "
-                f"example; use at most {config.batch_size // config.accumulate} ranks or a larger batch"
+                f"example; start fewer, at most {config.batch_size // config.accumulate}, or raise it"
             )
         if self.several and config.curvature_every:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,11 +15,13 @@ from mupx import config
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import number, print_json, progress, say, warn
+from mupx.cli._ranks import joined, several, start
 from mupx.config import Experiment
-from mupx.errors import NoResultError
+from mupx.errors import NoResultError, UsageError
 from mupx.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mupx.distributed.communicator import Communicator
     from mupx.run_folder import Metrics, Result
 
 # What tuned values hold for: changing it at the target moves their optimum.
@@ -38,6 +41,7 @@ NOT_TRANSFERRED = (
 # The recipe's shapes no longer hold.
 REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
 STATED = ("data_dir", "refresh", "curvature_every", "device", "threads", "seed")
+LAUNCHER = ("nproc", "max_restarts", "fresh")  # flags that are for the process that starts the others
 SHOWN = 3  # parameters with repaired factors that the summary names
 LINES = 10  # progress lines without a terminal
 
@@ -59,11 +63,22 @@ def command(
     seed: o.Seed = None,
     fresh: o.Fresh = False,
     allow_code: o.AllowCode = None,
+    nproc: Annotated[
+        int | None, o.whole("--nproc", o.WHERE, "Processes of this machine that train together.")
+    ] = None,
+    fsdp: Annotated[
+        bool, o.flag("--fsdp", panel=o.WHERE, help="Split the model over the processes: no copy on each.")
+    ] = False,
+    max_restarts: Annotated[
+        int | None,
+        o.whole("--max-restarts", o.WHERE, "How often processes are started again after one died.", least=0),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Train the model of a recipe and measure it on the test data.
 
-    The same command continues a run that was stopped or prints its result.
+    The same command continues a run that was stopped or prints its result, with any number of processes.
+    Under torchrun, accelerate or srun each process joins the others.
 
     Example: mupx train runs/mlp-fashion-mnist-14-kfac-w64/recipe-w1024.toml
     """
@@ -73,20 +88,27 @@ def command(
     experiment = source.experiment.updated(changes)
     o.require_allowed(context, experiment, changes, allow_code)
     experiment = o.check_names(experiment)
-    overrides = [*_overrides(source.experiment, experiment), *_edited(source, experiment)]
     folder = run_dir or Path("runs") / f"{experiment.run_name}-target"
-
-    result = _train(replace(source, experiment=experiment), overrides, folder, fresh)
-    if json:
-        print_json(_document(folder, result))
-    else:
-        _print(folder, result)
-    if result.outcome == "diverged":
-        skipped = f" ({_skipped(result)})" if result.skipped_steps else ""
-        raise NoResultError(
-            f"the run diverged after {result.steps} steps{skipped}; lower hyperparameters.lr or raise "
-            "hyperparameters.damping at the base width, or transfer with --pick robust"
-        )
+    if nproc is not None and nproc > 1:
+        _set_aside_if(fresh, folder)
+        start(nproc, max_restarts or 0, o.command_line(context, without=LAUNCHER)[1:])
+        return
+    if max_restarts or (fsdp and not several()):
+        raise UsageError("--fsdp and --max-restarts are for several processes; give --nproc 2 or more")
+    with joined(experiment.train.device) as ranks:
+        overrides = [*_overrides(source.experiment, experiment), *_edited(source, experiment)]
+        recipe_now = replace(source, experiment=experiment)
+        result = _train(recipe_now, overrides, folder, fresh, ranks, fsdp)
+        if json:
+            print_json(_document(folder, result))
+        else:
+            _print(folder, result)
+        if result.outcome == "diverged":
+            skipped = f" ({_skipped(result)})" if result.skipped_steps else ""
+            raise NoResultError(
+                f"the run diverged after {result.steps} steps{skipped}; lower hyperparameters.lr or raise "
+                "hyperparameters.damping at the base width, or transfer with --pick robust"
+            )
 
 
 def _overrides(old: Experiment, new: Experiment) -> list[str]:
@@ -111,19 +133,18 @@ def _edited(recipe: Recipe, experiment: Experiment) -> list[str]:
     return lines
 
 
-def _train(recipe: Recipe, overrides: list[str], folder: Path, fresh: bool) -> Result:
+def _train(
+    recipe: Recipe, overrides: list[str], folder: Path, fresh: bool, ranks: Communicator, fsdp: bool
+) -> Result:
     from mupx import parts, training
     from mupx.parametrization import resolved
 
-    if fresh:
-        from mupx.search.loop import set_aside
-
-        set_aside(folder)
+    ranks.first(lambda: _set_aside_if(fresh, folder))
     recipe = replace(recipe, experiment=resolved(recipe.experiment))
     data = parts.load_data(recipe.experiment)
     if any(line.startswith(REDESCRIBED) for line in overrides):
         recipe = replace(recipe, parameters=parts.describe(recipe.experiment, data))
-    _record(recipe, overrides, folder)
+    ranks.first(lambda: _record(recipe, overrides, folder))
     with progress("steps", LINES) as advance:
         return training.train(
             recipe.experiment,
@@ -132,7 +153,17 @@ def _train(recipe: Recipe, overrides: list[str], folder: Path, fresh: bool) -> R
             run_dir=folder,
             evaluate_test=True,
             progress=lambda step, total, loss: advance(step, total, f"training loss {loss:.4f}"),
+            ranks=ranks,
+            fsdp=fsdp,
         )
+
+
+def _set_aside_if(fresh: bool, folder: Path) -> None:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # what is there now is ours
+    if fresh and not restarted:
+        from mupx.search.loop import set_aside
+
+        set_aside(folder)
 
 
 def _record(recipe: Recipe, overrides: list[str], folder: Path) -> None:

@@ -144,8 +144,8 @@ def device_of(name: str, found: Place) -> str:
         )
     if found.local_rank >= (count := torch.cuda.device_count()):
         raise UsageError(
-            f"rank {found.rank} is number {found.local_rank} on its host, which has {count} CUDA devices; "
-            "start as many processes per host as it has devices, or give --device cpu"
+            f"rank {found.rank} is number {found.local_rank} on its host, where torch sees {count} CUDA "
+            "devices; start as many processes per host as it has devices, or give --device cpu"
         )
     return f"cuda:{found.local_rank}"
 

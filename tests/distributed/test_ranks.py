@@ -87,7 +87,7 @@ def test_every_rank_says_what_cannot_be_done(tmp_path: Path) -> None:
     found = ended[0]
     assert found["seed"].startswith("4 rank 1 has another experiment than rank 0: train.seed: 0 → 1;")
     assert found["batch"].startswith(
-        "2 train.batch_size 1 leaves some of 2 ranks without an example; use at most 1"
+        "2 train.batch_size 1 leaves some of 2 ranks without an example; start fewer, at most 1"
     )
     assert found["micro"].startswith("2 train.batch_size 2 in 2 micro-batches leaves some of 2 ranks")
     assert found["curvature"].startswith("2 train.curvature_every measures in one process")
