@@ -31,6 +31,7 @@ LEVELS = {
     "mupx.groups": 1,
     "mupx.recipe": 1,
     "mupx.study": 1,
+    "mupx.slurm": 1,
     "mupx.heads": 2,
     "mupx.roles": 2,
     "mupx.starter": 2,
