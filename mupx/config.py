@@ -227,7 +227,10 @@ class SearchConfig(_Section):
 
     The best ``confirm`` trials are run again on fresh seeds, whose mean decides (0: the search's own
     value decides). ``population`` trials at a time are asked for and trained in lock-step, each to the
-    numbers it would have alone; but the sampler sees only what was told before a batch.
+    numbers it would have alone; but the sampler sees only what was told before a batch. So many ``workers``
+    search on this machine (None: one per GPU where there are several; 0: none, the study is only made). A
+    trial of another machine that has shown no sign of life for ``grace`` seconds is run again; for
+    ``patience`` seconds a storage that does not answer is asked again.
     """
 
     space: dict[str, Range] = Field(default_factory=dict)
@@ -239,6 +242,9 @@ class SearchConfig(_Section):
     objective: Literal["validation", "train"] = "validation"
     confirm: Annotated[int, Field(ge=0, strict=True)] = 0
     population: PositiveInt = 1
+    workers: Annotated[int, Field(ge=0, strict=True)] | None = None
+    grace: Positive = 120.0
+    patience: NonNegative = 300.0
 
     @model_validator(mode="after")
     def _known_and_legal(self) -> Self:
@@ -420,7 +426,7 @@ class Experiment(_Section):
         document["data"].pop("dir")
         for key in ("device", "threads", "checkpoint_every"):
             document["train"].pop(key)
-        for key in ("trials", "storage", "confirm", "population"):
+        for key in ("trials", "storage", "confirm", "population", "workers", "grace", "patience"):
             document["search"].pop(key)
         if not search:
             document.pop("search")

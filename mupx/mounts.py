@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path, PurePath
 
+MOUNTINFO = Path("/proc/self/mountinfo")
 # Kernel and FUSE names of file systems that live on another machine.
 NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "coda"}
@@ -31,6 +32,15 @@ def writable(path: Path) -> bool:
     """Whether a folder, or the nearest parent that exists, may be written to."""
     folder = existing(path)
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the type of the file system a path lies or would lie on; None where this system does not say."""
+    try:
+        table = MOUNTINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return file_system(existing(path), table)
 
 
 def file_system(path: PurePath, mountinfo: str) -> str | None:

@@ -1,19 +1,15 @@
 import os
 import sqlite3
-import subprocess
-import sys
-import time
 from contextlib import closing
 from importlib.util import find_spec
-from socket import gethostname
 from urllib.parse import quote
 
 import optuna
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from optuna.trial import TrialState
 
+from mupx import storage
 from mupx import study as store
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
 
@@ -92,7 +88,7 @@ def test_a_damaged_study_is_a_storage_error(tmp_path):
     study = make(tmp_path / "a.db")
     for _ in range(5):
         study.tell(study.ask(), 1.0)
-    store._close(study._storage._backend)
+    storage.close(study._storage._backend)
     content = bytearray((tmp_path / "a.db").read_bytes())
     content[100:] = b"\xff" * (len(content) - 100)  # the header survives, every page is gone
     (tmp_path / "a.db").write_bytes(content)
@@ -133,9 +129,13 @@ def test_a_bad_url_says_what_to_give_and_not_the_password(url):
 
 
 def test_postgresql_uses_the_driver_the_extra_installs():
-    url, options = store._options("postgresql://ann:p%40ss@db/x", create=True)
-    assert (url, options) == ("postgresql+psycopg://ann:p%40ss@db/x", {})
-    url, _ = store._options("postgresql+psycopg2://ann@db/x", create=True)  # an explicit choice stands
+    url, options = storage._options("postgresql://ann:p%40ss@db/x", create=True)
+    assert url == "postgresql+psycopg://ann:p%40ss@db/x"
+    assert options["pool_pre_ping"]
+    assert options["connect_args"]["connect_timeout"] == 10
+    stated = storage._options("postgresql://ann@db/x?connect_timeout=3", create=True)[1]["connect_args"]
+    assert "connect_timeout" not in stated  # what the URL says stands
+    url, _ = storage._options("postgresql+psycopg2://ann@db/x", create=True)  # an explicit choice stands
     assert url == "postgresql+psycopg2://ann@db/x"
 
 
@@ -158,7 +158,7 @@ def test_opening_leaves_optuna_s_verbosity_alone(tmp_path, capsys):
 
 
 def test_a_locked_file_is_a_storage_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "TIMEOUT", 0.05)
+    monkeypatch.setattr(storage, "TIMEOUT", 0.05)
     study = make(tmp_path / "a.db")
     with closing(sqlite3.connect(tmp_path / "a.db")) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -243,105 +243,3 @@ def test_an_unused_name_is_counted_up(tmp_path):
     assert store.unused_name(url, "s") == "s-2"
     make(tmp_path / "a.db", "s-2")
     assert store.unused_name(url, "s") == "s-3"
-
-
-def running(study, **lease):
-    trial = study.ask()
-    store.hold(trial)
-    held = study.trials[trial.number].user_attrs["lease"]
-    trial.set_user_attr("lease", {**held, **lease})
-    return trial.number
-
-
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_reaping_takes_the_dead_and_the_expired_and_spares_the_living(tmp_path, sleeper):
-    study = make(tmp_path / "a.db")
-    living = running(study, pid=sleeper.pid, start=store._born(sleeper.pid))
-    elsewhere = running(study, host="another-host", pid=dead_pid())
-    dead = running(study, pid=dead_pid())
-    reborn = running(study, pid=sleeper.pid, start="another start time")
-    expired = running(study, host="another-host", until=time.time() - 1)
-    own = running(study)
-
-    assert store.reap(study) == [living]
-
-    states = {t.number: t.state for t in study.trials}
-    assert {n for n, s in states.items() if s == TrialState.RUNNING} == {living, elsewhere}
-    for number in (dead, reborn, expired, own):
-        assert states[number] == TrialState.FAIL
-        assert study.trials[number].user_attrs["outcome"] == "lost"
-    assert store.finished(study) == []
-
-
-def test_reaping_tells_what_was_written_down(tmp_path, sleeper):
-    study = make(tmp_path / "a.db")
-    living = running(study, pid=sleeper.pid, start=store._born(sleeper.pid))
-    complete, pruned, failed, lost = (running(study, pid=dead_pid()) for _ in range(4))
-    study._storage.set_trial_intermediate_value(study.trials[pruned]._trial_id, 5, 0.75)
-    study._storage.set_trial_user_attr(study.trials[failed]._trial_id, "outcome", "failed")
-    store.write_down(
-        study,
-        {
-            living: ("COMPLETE", 0.1),  # its process tells it
-            complete: ("COMPLETE", 0.5),
-            pruned: ("PRUNED", None),
-            failed: ("FAIL", None),
-        },
-    )
-    assert store.reap(study) == [living]
-    states = [(t.state.name, t.value, t.user_attrs.get("outcome")) for t in study.trials]
-    assert states[complete] == ("COMPLETE", 0.5, None)
-    assert states[pruned] == ("PRUNED", 0.75, None)
-    assert states[failed] == ("FAIL", None, "failed")
-    assert states[lost] == ("FAIL", None, "lost")
-
-
-def test_a_killed_process_nobody_has_waited_for_is_dead(tmp_path, sleeper):
-    study = make(tmp_path / "a.db")
-    number = running(study, pid=sleeper.pid, start=store._born(sleeper.pid))
-    sleeper.kill()
-    deadline = time.time() + 10
-    while store._born(sleeper.pid) is not None and time.time() < deadline:
-        time.sleep(0.01)
-    assert store.reap(study) == []
-    assert study.trials[number].state == TrialState.FAIL
-
-
-def test_a_trial_killed_before_its_lease_is_reaped_after_a_while(tmp_path, monkeypatch):
-    study = make(tmp_path / "a.db")
-    study.ask()
-    assert store.reap(study) == []
-    assert study.trials[0].state == TrialState.RUNNING  # it may be about to take its lease
-    monkeypatch.setattr(store, "TIMEOUT", -1)
-    store.reap(study)
-    assert study.trials[0].user_attrs["outcome"] == "lost"
-
-
-def test_renewing_the_lease_of_a_reaped_trial_is_a_storage_error(tmp_path):
-    study = make(tmp_path / "a.db")
-    trial = study.ask()
-    store.hold(trial)
-    store.reap(study)
-    with pytest.raises(StorageError, match="closed by another process"), store.storage_errors("sqlite:///a"):
-        store.hold(trial)
-
-
-def test_a_lease_names_this_process(tmp_path):
-    study = make(tmp_path / "a.db")
-    store.hold(study.ask())
-    lease = study.trials[0].user_attrs["lease"]
-    assert (lease["pid"], lease["host"]) == (os.getpid(), gethostname())
-    assert lease["until"] > time.time() + store.LEASE / 2

@@ -17,7 +17,20 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from mupx.cli import advise, doctor, export, init, report, rules, status, train, transfer, tune, verify
+from mupx.cli import (
+    advise,
+    doctor,
+    export,
+    init,
+    report,
+    rules,
+    status,
+    train,
+    transfer,
+    tune,
+    verify,
+    worker,
+)
 from mupx.cli._console import relay_log
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
 
@@ -53,6 +66,7 @@ app.command("train")(train.command)
 app.command("verify")(verify.command)
 app.command("advise")(advise.command)
 app.command("rules")(rules.command)
+app.command("worker")(worker.command)
 app.command("status")(status.command)
 app.command("report")(report.command)
 app.command("export")(export.command)

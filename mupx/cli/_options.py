@@ -117,6 +117,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "objective": ("search.objective",),
     "confirm": ("search.confirm",),
     "population": ("search.population",),
+    "workers": ("search.workers",),
     "sampler": ("search.sampler",),
     "pruner": ("search.pruner",),
     "storage": ("search.storage",),

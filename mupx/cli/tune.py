@@ -68,6 +68,16 @@ def command(
             "sampler learns a batch later, so at most a quarter of the trials is sensible.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        o.whole(
+            "--workers",
+            o.WHERE,
+            "Search in so many processes; one per GPU when left out, else one. 0: make the study for `mupx "
+            "worker`.",
+            0,
+        ),
+    ] = None,
     objective: Annotated[str | None, o.flag("--objective", panel=o.HOW, help="validation or train.")] = None,
     sampler: Annotated[str | None, o.flag("--sampler", panel=o.HOW, help="tpe, random, qmc or gp.")] = None,
     pruner: Annotated[str | None, o.flag("--pruner", panel=o.HOW, help="median or none.")] = None,
@@ -96,7 +106,7 @@ def command(
     with progress("trials") as advance:
 
         def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
-            advance(done, total, _trial_line(best, trial))
+            advance(done, total, trial_line(best, trial))
 
         def again(done: int, wanted: int, trial: int, value: float) -> None:
             advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
@@ -112,7 +122,8 @@ def command(
         _print(result, experiment.search.objective, experiment.scaling.width)
 
 
-def _trial_line(best: float | None, trial: TrialInfo) -> str:
+def trial_line(best: float | None, trial: TrialInfo) -> str:
+    """Return one line about a trial that has ended."""
     value = "" if trial.outcome == "diverged" else f" {number(trial.value, 4)}"
     return f"best {number(best, 4)}  trial {trial.number} {trial.outcome}{value}  {parameters(trial.params)}"
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mupx.search.choice import Choice, Edge, choose, edges, recipe_from_study
-    from mupx.search.loop import SearchResult, tune
+    from mupx.search.joining import join, opened
+    from mupx.search.loop import Made, SearchResult, make, tune
     from mupx.search.objective import Outcome
     from mupx.search.sampling import default_space, role_space
     from mupx.search.trials import TrialInfo
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Choice",
     "Edge",
+    "Made",
     "Outcome",
     "SearchResult",
     "TrialInfo",
     "choose",
     "default_space",
     "edges",
+    "join",
+    "make",
+    "opened",
     "recipe_from_study",
     "role_space",
     "tune",
@@ -31,7 +36,8 @@ __all__ = [
 
 _HOMES = {
     "choice": ("Choice", "Edge", "choose", "edges", "recipe_from_study"),
-    "loop": ("SearchResult", "tune"),
+    "joining": ("join", "opened"),
+    "loop": ("Made", "SearchResult", "make", "tune"),
     "objective": ("Outcome",),
     "sampling": ("default_space", "role_space"),
     "trials": ("TrialInfo",),

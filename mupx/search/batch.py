@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from optuna.exceptions import UpdateFinishedTrialError
+
 from mupx.config import Hyperparameters
+from mupx.leases import VERDICTS
 from mupx.search import sampling
 from mupx.search.objective import Evaluation, MemberReport, Outcome, together_or_none
-from mupx.search.trials import Ended, Reporter, TrialInfo
-from mupx.study import write_down
+from mupx.search.trials import Ended, TrialInfo
 
 if TYPE_CHECKING:
     from optuna import Trial
 
-    from mupx.search.loop import Search
+    from mupx.search.worker import Search
 
 
 class BatchEvaluation(Evaluation, Protocol):
@@ -37,12 +40,12 @@ class BatchEvaluation(Evaluation, Protocol):
 def run_batch(
     search: Search, evaluation: BatchEvaluation, size: int
 ) -> Iterator[tuple[TrialInfo, Exception | None]]:
-    """Run ``size`` trials in lock-step and tell them in their order.
+    """Run up to ``size`` trials in lock-step and tell them in their order.
 
     Args:
         search: Asks and tells.
         evaluation: That of the search.
-        size: Number of trials.
+        size: Number of trials; less where fewer places are free.
 
     Yields:
         Each trial as it is told, and what it raised.
@@ -50,13 +53,15 @@ def run_batch(
     trials: list[Trial] = []
     chosen: list[Hyperparameters] = []
     try:
-        for ahead in range(size):
-            trials.append(search.ask(ahead))
-            chosen.append(search.suggest(trials[-1]))
+        while len(trials) < size and (trial := search.ask()) is not None:
+            trials.append(trial)
+            chosen.append(search.suggest(trial))
+        if not trials:
+            return
         ended = _evaluate(search, evaluation, trials, chosen)
-        for each in ended:
-            search.keep(each)
-        write_down(search.study, {each.trial.number: (each.state.name, each.told) for each in ended})
+        kept = [each for each in ended if search.keep(each)]
+        if len(kept) > 1:
+            search.patiently(partial(write_down, kept))
     except BaseException:  # Ctrl-C, SIGTERM, and what is wrong with more than one trial
         for trial in trials:
             search.abandon(trial)
@@ -65,19 +70,30 @@ def run_batch(
         yield search.tell(each)
 
 
+def write_down(ended: Sequence[Ended]) -> None:
+    """Keep how the trials of a batch ended, at one stroke, before they are told one after the other.
+
+    A process that is killed while it tells has then told all or none, as :func:`mupx.leases.reap` tells the
+    rest.
+    """
+    verdicts = {str(each.trial.number): [each.state.name, each.told] for each in ended}
+    with suppress(UpdateFinishedTrialError):  # in this instant it was given to somebody else
+        ended[0].trial.set_user_attr(VERDICTS, verdicts)
+
+
 def _evaluate(
     search: Search, evaluation: BatchEvaluation, trials: Sequence[Trial], chosen: Sequence[Hyperparameters]
 ) -> list[Ended]:
-    reporters = [Reporter(trial, search.url) for trial in trials]
+    reporters = [search.reporter(trial) for trial in trials]
 
     def report(member: int, step: int, total: int, value: float) -> bool:
-        for reporter in reporters:  # also of those that have left: they are not told yet
-            reporter.renew()
         return reporters[member](step, total, value)
 
     started = time.perf_counter()
-    together = partial(evaluation.together, chosen, report, sampling.RUNGS)
-    outcomes = together_or_none(together, len(trials))
+    outcomes: list[Outcome | None] = [None] * len(trials)
+    if len(trials) > 1:
+        together = partial(evaluation.together, chosen, report, sampling.RUNGS)
+        outcomes = together_or_none(together, len(trials))
     share = (time.perf_counter() - started) / len(trials)
 
     def outcome_of(member: int) -> Outcome:

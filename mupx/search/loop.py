@@ -1,63 +1,34 @@
-"""The search itself: ask, evaluate, tell, until enough trials have finished."""
+"""The search as a whole: from an experiment to a study, its workers, and what they found."""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
-from importlib import metadata
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.pruners import BasePruner, NopPruner
-from optuna.trial import TrialState
+from optuna.pruners import NopPruner
+from optuna.trial import FrozenTrial, TrialState
 
-from mupx.config import Experiment, Hyperparameters, refuse_difference
-from mupx.errors import (
-    NoResultError,
-    NotFoundError,
-    StorageError,
-    UsageError,
-    UserCodeError,
-    out_of_memory,
-)
-from mupx.search import choice, confirmation, sampling
-from mupx.search.batch import BatchEvaluation, run_batch
+from mupx.config import Experiment, Hyperparameters
+from mupx.errors import NotFoundError, StorageError, UsageError
+from mupx.leases import LEASE, Leases, alive
+from mupx.search import choice, confirmation, devices, preparing, sampling, slots
 from mupx.search.choice import Choice, Edge
-from mupx.search.objective import (
-    Evaluation,
-    Foreign,
-    Outcome,
-    Proxy,
-    stops_the_search,
-    told_value,
-    without_test,
-)
-from mupx.search.trials import Ended, Reporter, TrialInfo
-from mupx.study import (
-    default_url,
-    finished,
-    hold,
-    note,
-    noted_name,
-    open_study,
-    reap,
-    redact,
-    storage_errors,
-    unused_name,
-)
+from mupx.search.objective import Evaluation, Foreign
+from mupx.search.pool import Pool, command
+from mupx.search.trials import TrialInfo
+from mupx.search.worker import Progress, Search
+from mupx.storage import patiently, redact, require_shared, storage_errors
+from mupx.study import default_url, finished, note, noted_name, open_study, unused_name
 
 if TYPE_CHECKING:
-    from optuna import Study, Trial
+    from optuna import Study
 
     from mupx.datasets.base import Dataset
 
-SAME_ERRORS = 3  # equal exceptions in a row that stop a search
-
-
-Progress = Callable[[int, int, float | None, TrialInfo], None]  # (finished, wanted, best value, last trial)
+LOGS = "workers"  # in the run folder: what each worker of this machine said
 
 
 @dataclass(frozen=True)
@@ -85,6 +56,38 @@ class SearchResult:
     recipe: Path | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """A study that workers may join.
+
+    Attributes:
+        run_dir: Run folder.
+        study: Name of the study.
+        url: Its storage, with the password.
+        experiment: What it searches.
+        complete: Whether all of its trials have finished.
+    """
+
+    run_dir: Path
+    study: str
+    url: str
+    experiment: Experiment
+    complete: bool
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be searched, and where."""
+
+    experiment: Experiment
+    run_dir: Path
+    url: str
+    name: str
+    identity: Mapping[str, Any]
+    data: Dataset | None = None
+    foreign: Foreign | None = None
+
+
 def tune(
     experiment: Experiment,
     *,
@@ -105,7 +108,7 @@ def tune(
         experiment: What to tune; an empty ``search.space`` takes the optimizer's default ranges.
         run_dir: Folder of the study and the recipe.
         fresh: Move an existing run folder aside (``run_dir.old-1``, …) and start anew.
-        data: The loaded data set; by default that of the experiment is loaded, once.
+        data: The loaded data set; by default that of the experiment is loaded, once per worker.
         progress: Called after each trial.
         objective: Somebody else's training loop, hyperparameters → loss; not finite when it diverged.
         untrained: With ``objective``: the loss of an untrained model, told for diverged trials.
@@ -118,29 +121,89 @@ def tune(
         UsageError: The objective raised the same exception three times in a row.
         StorageError: The storage does not work, or another process is running this study.
     """
-    from mupx.parametrization import resolved  # torch; the rest of this package does without
-
     if objective is not None and experiment.search.confirm:
         raise UsageError(
             "search.confirm runs the best trials on other seeds, which an objective of your own does not "
             "take; leave it out and average inside the objective"
         )
+    task = _task(experiment, run_dir, fresh, data, objective, untrained)
+    workers = _workers(task)
+    with storage_errors(task.url):
+        study = _existing(task)
+        if study is None or not _complete(study, task.experiment):
+            study, evaluation = _make(task)
+            _refuse_double(study)
+            if workers > 1:
+                _search_together(task, study, workers, progress)
+            else:
+                batch = preparing.side_by_side(task.experiment, evaluation, remark)
+                leases = Leases(study, task.experiment.search.grace)
+                Search(study, task.experiment, evaluation, task.url, leases, batch, progress).run()
+                remark = None  # it has been said
+        if experiment.search.confirm:
+            _confirm(study, task.experiment, data, confirmed, remark)
+        return _result(study, task.experiment, task.run_dir, task.url)
+
+
+def make(experiment: Experiment, *, run_dir: Path, fresh: bool = False) -> Made:
+    """Make the study that :func:`tune` would search in, and run nothing: its workers are elsewhere.
+
+    Raises:
+        UsageError: The storage serves one process only.
+        MismatchError: The study in the folder was made with another space or proxy.
+        StorageError: The storage does not work.
+    """
+    task = _task(experiment, run_dir, fresh)
+    require_shared(task.url)
+    with storage_errors(task.url):
+        study = _existing(task)
+        done = study is not None and _complete(study, task.experiment)
+        if not done:
+            _make(task)
+    return Made(task.run_dir, task.name, task.url, task.experiment, done)
+
+
+def _task(
+    experiment: Experiment,
+    run_dir: Path,
+    fresh: bool,
+    data: Dataset | None = None,
+    objective: Callable[[Hyperparameters], float] | None = None,
+    untrained: float | None = None,
+) -> _Task:
+    from mupx.parametrization import resolved  # torch; the rest of this package does without
+
     run_dir = Path(run_dir)
     experiment = with_space(resolved(experiment))
     if fresh:
         set_aside(run_dir)
     url = experiment.search.storage or default_url(run_dir)
     name = noted_name(run_dir) or (unused_name(url, run_dir.name) if fresh else run_dir.absolute().name)
-    identity = _identity(experiment, objective)
-    with storage_errors(url):
-        study = _existing(url, name, identity)
-        if study is None or len(finished(study)) < experiment.search.trials:
-            foreign = Foreign(objective, untrained) if objective else None
-            study = _continue(experiment, data, foreign, url, name, identity, run_dir, progress, remark)
-            remark = None  # it has been said
-        if experiment.search.confirm:
-            _confirm(study, experiment, data, confirmed, remark)
-        return _result(study, experiment, run_dir, url)
+    foreign = Foreign(objective, untrained) if objective else None
+    return _Task(experiment, run_dir, url, name, _identity(experiment, objective), data, foreign)
+
+
+def _workers(task: _Task) -> int:
+    """Return how many processes search on this machine.
+
+    Raises:
+        UsageError: Several are asked for, and they cannot have what only this process has.
+    """
+    stated, own = task.experiment.search.workers, [*task.experiment.own_code.values()]
+    here = task.foreign is not None or task.data is not None or any(n.startswith("python:") for n in own)
+    if stated is None:
+        device = task.experiment.train.device
+        return 1 if here else devices.default_workers(device, devices.gpus())
+    if stated == 0:
+        raise UsageError("search.workers is 0, so nobody searches; leave it out, or give 1 or more")
+    if stated > 1 and here:
+        raise UsageError(
+            f"{stated} workers are processes of their own, which cannot have an object of this one; give "
+            "model, data, loss and optimizer by name or as file.py:attribute, or leave search.workers out"
+        )
+    if stated > 1:
+        require_shared(task.url)
+    return stated
 
 
 def with_space(experiment: Experiment) -> Experiment:
@@ -175,72 +238,76 @@ def _identity(experiment: Experiment, objective: Callable[..., Any] | None) -> d
     return identity
 
 
-def _existing(url: str, name: str, identity: Mapping[str, Any]) -> Study | None:
+def _existing(task: _Task) -> Study | None:
     try:
-        return open_study(url, name, create=False, identity=identity)
+        return open_study(task.url, task.name, create=False, identity=task.identity)
     except NotFoundError:
         return None
 
 
-def _continue(
-    experiment: Experiment,
-    data: Dataset | None,
-    foreign: Foreign | None,
-    url: str,
-    name: str,
-    identity: Mapping[str, Any],
-    run_dir: Path,
-    progress: Progress | None,
-    remark: Callable[[str], None] | None,
-) -> Study:
-    """Create or reopen the study and run the missing trials.
+def _complete(study: Study, experiment: Experiment) -> bool:
+    return slots.complete(study.get_trials(deepcopy=False), experiment.search.trials)
+
+
+def _make(task: _Task) -> tuple[Study, Evaluation]:
+    """Create or reopen the study, and return it with what judges its trials.
 
     The evaluation is prepared first: a wrong data or model name leaves no empty study behind.
     """
-    sampling.require_sampler(experiment.search.sampler)
-    evaluation, facts, pruner = (foreign, {}, NopPruner()) if foreign else _proxy(experiment, data)
-    note(run_dir, url, name)
-    study = open_study(url, name, create=True, identity=identity)
-    _describe(study, experiment, facts)
+    sampling.require_sampler(task.experiment.search.sampler)
+    evaluation, facts, pruner = (
+        (task.foreign, {}, NopPruner()) if task.foreign else preparing.proxy(task.experiment, task.data)
+    )
+    note(task.run_dir, task.url, task.name)
+    study = open_study(task.url, task.name, create=True, identity=task.identity)
+    preparing.describe(study, task.experiment, facts)
     study.pruner = pruner
-    busy = reap(study)
-    if busy:
-        raise StorageError(
-            f"trial {busy[0]} of study {name!r} is being run by another process on this machine; "
-            "wait for it or stop it, then run the same command again"
-        )
-    batch = _batch(experiment, evaluation, remark)
-    Search(study, experiment, evaluation, url, batch).run(progress)
-    return study
+    return study, evaluation
 
 
-def _batch(
-    experiment: Experiment, evaluation: Evaluation, remark: Callable[[str], None] | None
-) -> BatchEvaluation | None:
-    """Return what judges a population, or None and say why it cannot be one."""
-    if experiment.search.population == 1:
-        return None
-    reason = "an objective of your own takes one trial at a time"
-    if isinstance(evaluation, Proxy):
-        found = evaluation.obstacle()
-        if found is None:
-            return evaluation
-        reason = found
-    if remark is not None:
-        remark(f"trials run one at a time, not {experiment.search.population} in lock-step: {reason}")
-    return None
+def _refuse_double(study: Study) -> None:
+    """Refuse a second search by mistake; workers may come and go."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        lease = trial.user_attrs.get(LEASE, {})
+        if lease.get("kind") == "tune" and alive(lease) and lease["pid"] != os.getpid():
+            raise StorageError(
+                f"trial {trial.number} of study {study.study_name!r} is being run by another process on this "
+                "machine; wait for it or stop it, then run the same command again"
+            )
 
 
-def _proxy(experiment: Experiment, data: Dataset | None) -> tuple[Evaluation, dict[str, Any], BasePruner]:
-    """Return the evaluation by training, what the study must remember about it, and the pruner."""
-    from mupx import parts, training
+def _search_together(task: _Task, study: Study, workers: int, progress: Progress | None) -> None:
+    """Let processes of their own search, and say what they find."""
+    experiment, gpus = task.experiment, devices.gpus()
+    threads = devices.threads_each(workers, experiment.train.threads, devices.cores())
+    allowed = list(dict.fromkeys(experiment.own_code.values()))
+    commands = [
+        command(task.name, device, threads, experiment.search.population, allowed)
+        for device in devices.assigned(workers, experiment.train.device, gpus)
+    ]
+    seen = {trial.number for trial in finished(study)}
 
-    data = parts.load_data(experiment) if data is None else data
-    parameters = parts.describe(experiment, data)
-    total = training.total_steps(experiment, len(data.train))
-    facts = {"parameters": [asdict(p) for p in parameters], "data_checksum": data.checksum}
-    evaluation = Proxy(experiment, without_test(data), parameters, min(sampling.REPORTS, total))
-    return evaluation, facts, sampling.pruner(experiment.search.pruner, total)
+    def look() -> None:
+        done = patiently(lambda: finished(study), task.url, experiment.search.patience)
+        for trial in done:
+            if trial.number not in seen and progress is not None:
+                seen.add(trial.number)
+                values = [t.value for t in done if t.value is not None and _useful(t)]
+                progress(len(seen), experiment.search.trials, min(values, default=None), _info(trial))
+
+    environment = {"MUPX_SEARCH__STORAGE": task.url, "OMP_NUM_THREADS": str(threads)}
+    with Pool(commands, task.run_dir / LOGS, environment) as pool:
+        pool.watch(look)
+
+
+def _useful(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and not choice.diverged(trial)
+
+
+def _info(trial: FrozenTrial) -> TrialInfo:
+    attrs = trial.user_attrs
+    outcome, seconds = attrs.get("outcome", "finished"), attrs.get("seconds", 0.0)
+    return TrialInfo(trial.number, outcome, trial.value, trial.params, seconds)
 
 
 def _confirm(
@@ -252,180 +319,10 @@ def _confirm(
 ) -> None:
     leaders = choice.usable(study)[: experiment.search.confirm]
     if confirmation.missing(study, leaders):
-        proxy, *_ = _proxy(experiment, data)
-        assert isinstance(proxy, Proxy)
-        population = 1 if _batch(experiment, proxy, remark) is None else experiment.search.population
+        proxy, *_ = preparing.proxy(experiment, data)
+        batch = preparing.side_by_side(experiment, proxy, remark)
+        population = 1 if batch is None else experiment.search.population
         confirmation.confirm(study, leaders, proxy, progress, population)
-
-
-def _describe(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> None:
-    """Keep in the study what a recipe needs, so that making one needs neither data nor torch."""
-    stored = study.user_attrs
-    if "data_checksum" in stored and "data_checksum" in facts:
-        refuse_difference(
-            f"study {study.study_name!r}",
-            {"data.checksum": stored["data_checksum"]},
-            {"data.checksum": facts["data_checksum"]},
-            "restore the data, or give --fresh to start anew",
-        )
-    document = experiment.model_dump(mode="json")
-    if experiment.search.storage is not None:
-        document["search"]["storage"] = redact(experiment.search.storage)
-    versions = {package: _version(package) for package in ("mupx", "torch", "optuna")}
-    defaults = {**facts, "versions": versions, "mupx": versions["mupx"]}
-    for key, value in {
-        **{k: v for k, v in defaults.items() if k not in stored},
-        "experiment": document,
-    }.items():
-        if stored.get(key) != value:
-            study.set_user_attr(key, value)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-@dataclass(frozen=True)
-class Search:
-    """Asks, evaluates and tells trials.
-
-    Args:
-        study: Where trials are kept.
-        experiment: Its ``search`` section says what to do, its hyperparameters are the fixed values.
-        evaluation: Judges a set of hyperparameters.
-        url: Storage, for error messages.
-        batch: Judges ``search.population`` sets side by side; None: one after the other.
-    """
-
-    study: Study
-    experiment: Experiment
-    evaluation: Evaluation
-    url: str
-    batch: BatchEvaluation | None = None
-
-    def run(self, progress: Progress | None = None) -> None:
-        """Run trials until ``search.trials`` have finished.
-
-        Raises:
-            UsageError: The same exception three times in a row, or more failures than trials wanted.
-        """
-        wanted = self.experiment.search.trials
-        failures: list[Exception] = []
-        streak = 0
-        while (left := wanted - len(finished(self.study))) > 0:
-            for info, error in self._some(left):
-                if progress is not None:
-                    best = choice.usable(self.study)
-                    progress(len(finished(self.study)), wanted, best[0].value if best else None, info)
-                streak = 0 if error is None else streak + 1
-                if error is not None:
-                    failures.append(error)
-                    _stop_if_hopeless(failures, streak, wanted)
-
-    def _some(self, left: int) -> Iterator[tuple[TrialInfo, Exception | None]]:
-        size = min(self.experiment.search.population, left)
-        if self.batch is None or size == 1:
-            yield self._trial()
-        else:
-            yield from run_batch(self, self.batch, size)
-
-    def _trial(self) -> tuple[TrialInfo, Exception | None]:
-        trial = self.ask()
-        try:
-            ended = self.judge(trial, lambda: self.evaluation(self.suggest(trial), Reporter(trial, self.url)))
-        except BaseException:  # Ctrl-C, SIGTERM
-            self.abandon(trial)
-            raise
-        self.keep(ended)
-        return self.tell(ended)
-
-    def ask(self, ahead: int = 0) -> Trial:
-        """Ask for a trial and take its lease, while ``ahead`` trials of the same batch are running."""
-        self._reseed(ahead)
-        trial = self.study.ask()
-        hold(trial)
-        return trial
-
-    def suggest(self, trial: Trial) -> Hyperparameters:
-        """Draw a trial's values beside those that are fixed."""
-        values = sampling.suggest(trial, self.experiment.search.space)
-        return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **values})
-
-    def judge(self, trial: Trial, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
-        """Evaluate a trial; what only this one raises is a failure.
-
-        Args:
-            trial: The trial.
-            evaluate: Does it.
-            spent: Seconds that went into it before.
-        """
-        started = time.perf_counter() - spent
-        try:
-            outcome = evaluate()
-            value = told_value(outcome, finished(self.study))
-        except Exception as error:
-            if stops_the_search(error):
-                raise
-            return Ended(trial, None, None, time.perf_counter() - started, error)
-        return Ended(trial, outcome, value, time.perf_counter() - started)
-
-    def _reseed(self, ahead: int = 0) -> None:
-        search = self.experiment.search
-        failed = sum(t.user_attrs.get("outcome") == "failed" for t in self.study.get_trials(deepcopy=False))
-        done = len(finished(self.study))
-        self.study.sampler = sampling.sampler(search.sampler, search.space, search.seed, done, failed, ahead)
-
-    def keep(self, ended: Ended) -> None:
-        """Keep with a trial what was found, before it is told."""
-        for key, item in ended.attributes.items():
-            ended.trial.set_user_attr(key, item)
-        if ended.error is not None:
-            self._note_failure(ended.trial, "failed", ended.error)
-
-    def tell(self, ended: Ended) -> tuple[TrialInfo, Exception | None]:
-        """Tell how a trial ended."""
-        with suppress(Exception) if ended.error is not None else nullcontext():
-            self.study.tell(ended.trial, ended.told, state=ended.state)
-        return ended.info, ended.error
-
-    def abandon(self, trial: Trial) -> None:
-        """Close a trial that was interrupted."""
-        self._note_failure(trial, "interrupted")
-        with suppress(Exception):
-            self.study.tell(trial, state=TrialState.FAIL)
-
-    def _note_failure(self, trial: Trial, outcome: str, error: Exception | None = None) -> None:
-        # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
-        with suppress(Exception):
-            trial.set_user_attr("outcome", outcome)
-            if error is not None:
-                log = getattr(error, "details", "") or _text(error)
-                trial.set_user_attr("error", redact(log)[-2000:])
-
-
-def _text(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {error}")
-
-
-def _shape(error: Exception) -> str:
-    # A message with the trial's own numbers in it is still the same message.
-    return re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", _text(error))
-
-
-def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> None:
-    last = failures[-SAME_ERRORS:]
-    same = streak >= SAME_ERRORS and len({_shape(error) for error in last}) == 1
-    if not same and len(failures) <= max(SAME_ERRORS, wanted):
-        return
-    count = "3 times in a row with the same error" if same else f"{len(failures)} times"
-    message = f"a trial failed {count} ({_text(failures[-1])}); "
-    if all(map(out_of_memory, last)):
-        raise NoResultError(message + "use a smaller batch, width or model") from failures[-1]
-    message += "correct the code that raised it and run the same command again"
-    raise UserCodeError(message, getattr(failures[-1], "details", "")) from failures[-1]
 
 
 def _result(study: Study, experiment: Experiment, run_dir: Path, url: str) -> SearchResult:

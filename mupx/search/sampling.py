@@ -162,30 +162,38 @@ def from_unit(name: str, position: float, space: Box) -> float:
     return float(min(max(value, interval.low), interval.high))
 
 
-def trial_seed(seed: int, finished: int, failed: int) -> int:
-    """Return the seed of the next trial; a failed trial's slot gets another one."""
-    return int(np.random.SeedSequence((seed, finished, failed)).generate_state(1)[0])
+def trial_seed(seed: int, slot: int, attempt: int) -> int:
+    """Return the seed of a trial; a place that is tried again because the trial failed gets another one."""
+    return int(np.random.SeedSequence((seed, slot, attempt)).generate_state(1)[0])
 
 
-def sampler(name: str, space: Box, seed: int, finished: int, failed: int, ahead: int = 0) -> BaseSampler:
+def sampler(
+    name: str, space: Box, seed: int, slot: int, attempt: int = 0, finished: int = 0, running: int = 0
+) -> BaseSampler:
     """Make the sampler of the next trial.
+
+    What random and qmc draw depends on ``seed``, ``slot`` and ``attempt`` alone: however many workers there
+    are, and however often one of them is killed, the search consists of the same trials.
 
     Args:
         name: tpe, random, qmc or gp.
         space: The search space.
         seed: Seed of the whole search.
+        slot: Place of the trial in the search, from 0.
+        attempt: Number of trials in this place that raised.
         finished: Number of finished trials.
-        failed: Number of trials that raised.
-        ahead: Trials of the same batch that were asked for before and run by now.
+        running: Number of other trials that are running.
     """
-    own = trial_seed(seed, finished + ahead, failed)
+    own = trial_seed(seed, slot, attempt)
     if name == "qmc" or (name in ("tpe", "gp") and finished < STARTUP):
-        return SobolSampler(space, seed, finished + ahead + failed)
+        # After a failure the same point would fail again: the place's point in another scrambling is random.
+        return SobolSampler(space, own if attempt else seed, slot)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name == "tpe":
-            # One process asks and tells in turn: only in a batch are there running trials to lie about.
-            return TPESampler(seed=own, multivariate=True, constant_liar=ahead > 0, n_startup_trials=STARTUP)
+            return TPESampler(
+                seed=own, multivariate=True, constant_liar=running > 0, n_startup_trials=STARTUP
+            )
         if name == "gp":
             return GPSampler(seed=own, n_startup_trials=STARTUP)
     return RandomSampler(seed=own)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from mupx.search import sampling
 from mupx.search.objective import Outcome
-from mupx.study import hold, storage_errors
 
 if TYPE_CHECKING:
     from optuna import Trial
-
-RENEW = 30.0  # seconds between two renewals of a lease; far below its hour
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Ended:
         value: What is told of it, likewise.
         seconds: What it cost.
         error: What it raised.
+        lost: Its place was given to another trial while this process was not heard of.
     """
 
     trial: Trial
@@ -47,6 +46,7 @@ class Ended:
     value: float | None
     seconds: float
     error: Exception | None = None
+    lost: bool = False
 
     @property
     def state(self) -> TrialState:
@@ -74,33 +74,41 @@ class Ended:
     @property
     def info(self) -> TrialInfo:
         """What is said of it."""
-        outcome = "failed" if self.outcome is None else self.outcome.outcome
+        missing = "lost" if self.lost else "failed"
+        outcome = missing if self.outcome is None else self.outcome.outcome
         return TrialInfo(self.trial.number, outcome, self.value, self.trial.params, self.seconds)
 
 
 class Reporter:
-    """Hands a value on the way to Optuna, renews the lease, and says whether to stop."""
+    """Hands a value on the way to Optuna, and says whether to stop.
 
-    def __init__(self, trial: Trial, url: str) -> None:
-        self.trial, self.url = trial, url
-        self.renewed = time.monotonic()
+    Args:
+        trial: The trial.
+        patiently: Calls what may be called twice, and waits for a storage that is away.
+    """
+
+    def __init__(self, trial: Trial, patiently: Callable[[Callable[[], bool]], bool]) -> None:
+        self.trial, self.patiently = trial, patiently
         self.reported = 0
 
     def __call__(self, step: int, total: int, value: float) -> bool:
-        """Report the objective at a step, and return whether the pruner stops the trial."""
+        """Report the objective at a step, and return whether to stop: it is pruned, or nobody's any more."""
         if not math.isfinite(value):
             return False  # training notices divergence itself; the storage sees finite numbers only
         if step <= self.reported:
             return False  # a member that left its population and was run again by itself
         self.reported = step
-        with storage_errors(self.url):
-            self.trial.report(value, step)
-            self.renew()
+        written = False
+
+        def reported() -> bool:
+            nonlocal written
+            try:
+                if not written:
+                    self.trial.report(value, step)
+            except UpdateFinishedTrialError:
+                return True
+            written = True
             # The pruner reads every trial from the storage, only to say no before a third of the way.
             return step >= sampling.earliest_pruning(total) and self.trial.should_prune()
 
-    def renew(self) -> None:
-        """Renew the lease, once in a while."""
-        if time.monotonic() - self.renewed > RENEW:
-            hold(self.trial)
-            self.renewed = time.monotonic()
+        return self.patiently(reported)

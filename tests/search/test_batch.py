@@ -137,7 +137,7 @@ def test_a_search_killed_while_it_tells_a_batch_has_told_all_of_it(undisturbed, 
 
 def test_telling_without_writing_it_down_first_would_not_resume(undisturbed, tmp_path, monkeypatch):
     """The wrong way: four trials of the batch are lost, and their places are filled otherwise."""
-    monkeypatch.setattr(batch, "write_down", lambda study, verdicts: None)
+    monkeypatch.setattr(batch, "write_down", lambda ended: None)
     stop_telling(monkeypatch, 12, tmp_path / "a")
     assert record_of(several(5, **LONG), tmp_path / "a") != undisturbed
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -12,11 +13,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mupx import recipe
+from mupx import leases, recipe, storage
 from mupx import study as store
 from mupx.config import Hyperparameters
 from mupx.errors import MismatchError, NoResultError, StorageError, UsageError
-from mupx.search import choice, loop, sampling
+from mupx.search import choice, loop, sampling, worker
 
 from . import synthetic
 
@@ -143,14 +144,15 @@ def test_a_killed_search_resumes_to_the_undisturbed_one(training, tmp_path, undi
 
 def test_numbering_seeds_by_all_trials_would_not_resume(training, tmp_path, monkeypatch):
     """The wrong key: the lost trial of the killed run shifts every seed after it."""
+    right = sampling.sampler
 
-    def count_all(search, ahead=0):
-        config = search.experiment.search
-        number = len(search.study.get_trials(deepcopy=False))
-        search.study.sampler = sampling.sampler(config.sampler, config.space, config.seed, number, 0)
+    def wrong(name, space, seed, slot, *others):
+        return right(name, space, seed, next(numbers), *others)
 
-    monkeypatch.setattr(loop.Search, "_reseed", count_all)
+    monkeypatch.setattr(sampling, "sampler", wrong)
+    numbers = itertools.count()
     undisturbed = reopen(loop.tune(synthetic.experiment(), run_dir=tmp_path / "b"))
+    numbers = itertools.count()
     interrupt_at(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         loop.tune(synthetic.experiment(), run_dir=tmp_path / "a")
@@ -298,17 +300,30 @@ def test_fresh_in_a_shared_storage_takes_another_study_name_and_keeps_it(trainin
     assert not (tmp_path / "a" / "study.db").exists()
 
 
-def test_a_second_search_in_a_busy_study_is_refused(training, tmp_path):
+@pytest.mark.parametrize("kind", ["tune", "worker"])
+def test_a_second_search_by_mistake_is_refused_and_beside_a_worker_it_waits(
+    training, tmp_path, monkeypatch, kind
+):
     experiment = synthetic.experiment(**{"search.trials": 3})
     loop.tune(experiment.updated({"search.trials": 2}), run_dir=tmp_path / "a")
     study = store.open_study(store.default_url(tmp_path / "a"), "a", create=False, identity=None)
     trial = study.ask()
-    store.hold(trial)
-    parent = {"pid": os.getppid(), "start": store._born(os.getppid())}
-    trial.set_user_attr("lease", {**study.trials[-1].user_attrs["lease"], **parent})
-    with pytest.raises(StorageError, match=r"trial 2 .* another process"):
-        loop.tune(experiment, run_dir=tmp_path / "a")
-    assert study.trials[-1].state == TrialState.RUNNING
+    parent = {"pid": os.getppid(), "start": leases.born(os.getppid()), "kind": kind}
+    trial.set_user_attr("lease", {**leases.Leases(study, 60).lease(), **parent})
+    trial.set_user_attr("slot", 2)
+    sampling.suggest(trial, experiment.search.space)
+
+    def told(seconds):  # instead of a pause: the other one ends its trial
+        study.tell(trial, 0.5)
+
+    monkeypatch.setattr(worker.time, "sleep", told)
+    if kind == "tune":
+        with pytest.raises(StorageError, match=r"trial 2 .* another process"):
+            loop.tune(experiment, run_dir=tmp_path / "a")
+        assert study.trials[-1].state == TrialState.RUNNING
+    else:
+        assert loop.tune(experiment, run_dir=tmp_path / "a").counts["total"] == 3
+        assert len(study.trials) == 3
 
 
 def test_a_wrong_experiment_leaves_no_empty_study_behind(training, tmp_path, monkeypatch):
@@ -393,9 +408,9 @@ def test_no_password_is_written_anywhere(training, tmp_path, monkeypatch):
     """A SQLite study under a URL that pretends to have a password, as PostgreSQL's would."""
     secret = "postgresql://ann:hunter2@db/studies"
     real = store.file_url(tmp_path / "elsewhere.db")
-    options = store._options
+    options = storage._options
     monkeypatch.setattr(
-        store, "_options", lambda url, create: options(real if url == secret else url, create)
+        storage, "_options", lambda url, create: options(real if url == secret else url, create)
     )
     experiment = synthetic.experiment(**{"search.trials": 2, "search.storage": secret})
     result = loop.tune(experiment, run_dir=tmp_path / "a")

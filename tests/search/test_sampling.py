@@ -65,7 +65,7 @@ def propose(name, count, seed=3, failed_before=None, lost=()):
     for n in range(count):
         for _ in range(2 if n in lost else 1):
             failed = 0 if failed_before is None or n < failed_before else 1
-            study.sampler = sampling.sampler(name, BOX, seed, n, failed)
+            study.sampler = sampling.sampler(name, BOX, seed, n, failed, n)
             trial = study.ask()
             values = sampling.suggest(trial, BOX)
             if n in lost and trial.number == n + sum(m < n for m in lost):

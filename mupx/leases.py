@@ -1,0 +1,182 @@
+"""Who runs a trial, whether it still does, and what becomes of a trial whose process is gone (no torch).
+
+A trial asked for by a process that was killed stays RUNNING for ever: Optuna's heartbeats exist inside
+``study.optimize`` only, and not for every storage. So a running trial carries a *lease*: who holds it, and a
+count of heartbeats that a thread of the holder raises as long as it lives. On one machine the end of a
+process is seen at once. Of another machine's trial an observer sees whether the count changes while its own
+clock runs; no two clocks are ever compared. A time without storage is nobody's fault and starts the
+observation anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from socket import gethostname
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+LEASE = "lease"  # attribute of a running trial
+VERDICTS = "verdicts"  # attribute of a batch's first trial: how all of them ended, until they are told
+BEATS = 6  # heartbeats per grace period
+
+
+class Leases:
+    """The trials that this process runs, and what it has seen of those of others.
+
+    Args:
+        study: Their study.
+        grace: Seconds without a heartbeat after which another machine's trial counts as lost.
+        kind: ``tune`` or ``worker``.
+    """
+
+    def __init__(self, study: Study, grace: float, kind: str = "tune") -> None:
+        self.study, self.grace = study, grace
+        pid = os.getpid()
+        self._own = {
+            "worker": f"{gethostname()}-{pid}-{uuid4().hex[:8]}",
+            "kind": kind,
+            "host": gethostname(),
+            "space": pid_space(),
+            "pid": pid,
+            "start": born(pid),
+        }
+        self._beat = 0
+        self._held: set[int] = set()
+        self._seen: dict[int, tuple[Any, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, name="mupx-heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)  # it may be waiting for a storage that does not answer
+
+    def lease(self) -> dict[str, Any]:
+        """Return what a trial of this process carries; ``at`` is for people, not for decisions."""
+        return {**self._own, "beat": self._beat, "at": round(time.time(), 1)}
+
+    def hold(self, trial_id: int) -> None:
+        """Keep a trial's lease alive from now on."""
+        self._held.add(trial_id)
+
+    def release(self, trial_id: int) -> None:
+        """Let a trial go."""
+        self._held.discard(trial_id)
+
+    def forget(self) -> None:
+        """Start the observation of others anew: the storage was away, and they could not be heard."""
+        self._seen.clear()
+
+    def lost(self, trial: FrozenTrial) -> bool:
+        """Whether nobody runs a running trial any more."""
+        lease = trial.user_attrs.get(LEASE)
+        if lease is not None:
+            if lease.get("worker") == self._own["worker"]:
+                return trial._trial_id not in self._held  # made, but its maker was not told so
+            # One of this process that is not its own is left over from an earlier search.
+            if alive(lease) is False or (alive(lease) and lease["pid"] == os.getpid()):
+                return True
+        beat, now = None if lease is None else (lease.get("worker"), lease.get("beat")), time.monotonic()
+        known = self._seen.get(trial._trial_id)
+        if known is None or known[0] != beat:
+            self._seen[trial._trial_id] = (beat, now)
+            return False
+        return now - known[1] > self.grace
+
+    def _beat_on(self) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        while not self._stop.wait(self.grace / BEATS):
+            self._beat += 1
+            for trial_id in list(self._held):
+                try:
+                    self.study._storage.set_trial_user_attr(trial_id, LEASE, self.lease())
+                except UpdateFinishedTrialError:  # told by now, or given to somebody else
+                    self._held.discard(trial_id)
+                except Exception:  # the one who trains meets it, too, and says it
+                    self.forget()
+
+
+def alive(lease: Mapping[str, Any]) -> bool | None:
+    """Whether the process of a lease runs; None where it is another machine's, of which nothing is known."""
+    if lease.get("host") != gethostname() or lease.get("space", pid_space()) != pid_space():
+        return None
+    return bool(born(lease["pid"]) == lease["start"])
+
+
+def reap(study: Study, trials: Sequence[FrozenTrial], leases: Leases) -> list[int]:
+    """Close the trials that nobody runs any more; to be called in a turn.
+
+    One whose end was written down is told as it ended. The others are told FAIL with ``outcome = "lost"``:
+    they do not count, and their place in the search is free again.
+
+    Args:
+        study: Their study.
+        trials: All of its trials.
+        leases: Of this process.
+
+    Returns:
+        Numbers of what was closed.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    verdicts: dict[str, list[Any]] = {}
+    for trial in trials:
+        verdicts |= trial.user_attrs.get(VERDICTS, {})
+    closed = []
+    for trial in trials:
+        if trial.state != TrialState.RUNNING or not leases.lost(trial):
+            continue
+        state, value = verdicts.get(str(trial.number), ("FAIL", None))
+        with suppress(UpdateFinishedTrialError):
+            if str(trial.number) not in verdicts:
+                study._storage.set_trial_user_attr(trial._trial_id, "outcome", "lost")
+            study.tell(trial.number, value, state=TrialState[state], skip_if_finished=True)
+        closed.append(trial.number)
+    return closed
+
+
+def pid_space() -> str | None:
+    """Return what tells the process numbers of one container from those of another on the same machine."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def born(pid: int) -> str | None:
+    """Return when a process of this machine started, or None when it is gone.
+
+    A process number may have been given to another process since; its start time has not.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except OSError:
+        return _born_without_proc(pid)
+
+
+def _born_without_proc(pid: int) -> str | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"

@@ -1,0 +1,248 @@
+"""One worker of a search: ask, evaluate, tell, until every place of the search has its finished trial."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mupx.config import Experiment, Hyperparameters
+from mupx.errors import NoResultError, UserCodeError, out_of_memory
+from mupx.leases import LEASE, Leases, reap
+from mupx.search import choice, sampling, slots
+from mupx.search.batch import BatchEvaluation, run_batch
+from mupx.search.objective import Evaluation, Outcome, stops_the_search, told_value
+from mupx.search.trials import Ended, Reporter, TrialInfo
+from mupx.storage import patiently, redact, storage_errors
+from mupx.study import finished
+from mupx.turns import turn
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+T = TypeVar("T")
+SAME_ERRORS = 3  # equal exceptions in a row that stop a search
+IDLE = 0.5  # seconds between two looks at a search whose last trials are run by others
+
+Progress = Callable[[int, int, float | None, TrialInfo], None]  # (finished, wanted, best value, last trial)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Asks, evaluates and tells trials.
+
+    Args:
+        study: Where trials are kept.
+        experiment: Its ``search`` section says what to do, its hyperparameters are the fixed values.
+        evaluation: Judges a set of hyperparameters.
+        url: Storage, for error messages.
+        batch: Judges ``search.population`` sets side by side; None: one after the other.
+        leases: Of this process, on what it runs.
+        progress: Called after each trial of this worker.
+    """
+
+    study: Study
+    experiment: Experiment
+    evaluation: Evaluation
+    url: str
+    leases: Leases
+    batch: BatchEvaluation | None = None
+    progress: Progress | None = None
+    told: list[TrialInfo] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run trials until all places are filled, also those of workers that are gone by then.
+
+        Raises:
+            UsageError: The same exception three times in a row, or more failures than trials wanted.
+            StorageError: The storage was away for longer than ``search.patience``.
+        """
+        failures: list[Exception] = []
+        streak = 0
+        with self.leases:
+            while not self.complete():
+                idle = True
+                for info, error in self._some():
+                    idle = False
+                    self._say(info)
+                    streak = 0 if error is None else streak + 1
+                    if error is not None:
+                        failures.append(error)
+                        _stop_if_hopeless(failures, streak, self.experiment.search.trials)
+                if idle:
+                    time.sleep(IDLE)
+
+    def complete(self) -> bool:
+        """Whether the search is over."""
+        return slots.complete(self._trials(), self.experiment.search.trials)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Do what may be done twice, and wait for a storage that is away."""
+        with storage_errors(self.url):
+            return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.patiently(lambda: self.study.get_trials(deepcopy=False))
+
+    def _say(self, info: TrialInfo) -> None:
+        self.told.append(info)
+        if self.progress is not None:
+            best = self.patiently(lambda: choice.usable(self.study))
+            done = len(self.patiently(lambda: finished(self.study)))
+            self.progress(done, self.experiment.search.trials, best[0].value if best else None, info)
+
+    def _some(self) -> Iterator[tuple[TrialInfo, Exception | None]]:
+        size = self.experiment.search.population
+        if self.batch is None or size == 1:
+            yield from self._one()
+        else:
+            yield from run_batch(self, self.batch, size)
+
+    def _one(self) -> Iterator[tuple[TrialInfo, Exception | None]]:
+        trial = self.ask()
+        if trial is None:
+            return
+        try:
+            ended = self.judge(trial, lambda: self.evaluation(self.suggest(trial), self.reporter(trial)))
+        except BaseException:  # Ctrl-C, SIGTERM
+            self.abandon(trial)
+            raise
+        self.keep(ended)
+        yield self.tell(ended)
+
+    def ask(self) -> Trial | None:
+        """Take the first free place; None where there is none at the moment."""
+        made = self.patiently(self._create)
+        if made is None:
+            return None
+        trial_id, place, trials = made
+        self.leases.hold(trial_id)
+        search, running = self.experiment.search, [t for t in trials if t.state == TrialState.RUNNING]
+        self.study.sampler = sampling.sampler(
+            search.sampler,
+            search.space,
+            search.seed,
+            place,
+            slots.attempts(trials, place),
+            sum(t.state in slots.COUNTED for t in trials),
+            len(running),
+        )
+        return self.patiently(lambda: optuna.Trial(self.study, trial_id))
+
+    def _create(self) -> tuple[int, int, Sequence[FrozenTrial]] | None:
+        """Make a trial that is held from the start: a process may be killed after any operation."""
+        with turn(self.study):
+            trials = self.study.get_trials(deepcopy=False)
+            if reap(self.study, trials, self.leases):
+                trials = self.study.get_trials(deepcopy=False)
+            places = slots.free(trials, self.experiment.search.trials)
+            if not places:
+                return None
+            own = {slots.SLOT: places[0], LEASE: self.leases.lease()}
+            template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=own)
+            made = self.study._storage.create_new_trial(self.study._study_id, template_trial=template)
+        return made, places[0], trials
+
+    def suggest(self, trial: Trial) -> Hyperparameters:
+        """Draw a trial's values beside those that are fixed."""
+        values = self.patiently(lambda: sampling.suggest(trial, self.experiment.search.space))
+        return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **values})
+
+    def reporter(self, trial: Trial) -> Reporter:
+        """Return what a trial reports to."""
+        return Reporter(trial, self.patiently)
+
+    def judge(self, trial: Trial, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
+        """Evaluate a trial; what only this one raises is a failure.
+
+        Args:
+            trial: The trial.
+            evaluate: Does it.
+            spent: Seconds that went into it before.
+        """
+        started = time.perf_counter() - spent
+        try:
+            outcome = evaluate()
+            value = told_value(outcome, self.patiently(lambda: finished(self.study)))
+        except Exception as error:
+            if stops_the_search(error):
+                raise
+            return Ended(trial, None, None, time.perf_counter() - started, error)
+        return Ended(trial, outcome, value, time.perf_counter() - started)
+
+    def keep(self, ended: Ended) -> bool:
+        """Keep with a trial what was found, before it is told; False where it is somebody else's by now."""
+
+        def kept() -> bool:
+            try:
+                for key, item in ended.attributes.items():
+                    ended.trial.set_user_attr(key, item)
+            except UpdateFinishedTrialError:
+                return False
+            return True
+
+        if ended.error is not None:
+            self._note_failure(ended.trial, "failed", ended.error)
+            return True
+        return self.patiently(kept)
+
+    def tell(self, ended: Ended) -> tuple[TrialInfo, Exception | None]:
+        """Tell how a trial ended, unless its place was given to another one meanwhile."""
+
+        def told() -> bool:
+            with turn(self.study):
+                now = self.study._storage.get_trial(ended.trial._trial_id)
+                if now.state == TrialState.RUNNING:
+                    self.study.tell(ended.trial, ended.told, state=ended.state)
+                    return True
+                return now.state == ended.state and now.user_attrs.get("outcome") != "lost"
+
+        with suppress(Exception) if ended.error is not None else nullcontext():
+            if not self.patiently(told):
+                ended = Ended(ended.trial, None, None, ended.seconds, lost=True)
+        self.leases.release(ended.trial._trial_id)
+        return ended.info, ended.error
+
+    def abandon(self, trial: Trial) -> None:
+        """Close a trial that was interrupted."""
+        self.leases.release(trial._trial_id)
+        self._note_failure(trial, "interrupted")
+        with suppress(Exception):
+            self.study.tell(trial, state=TrialState.FAIL)
+
+    def _note_failure(self, trial: Trial, outcome: str, error: Exception | None = None) -> None:
+        # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
+        with suppress(Exception):
+            trial.set_user_attr("outcome", outcome)
+            if error is not None:
+                log = getattr(error, "details", "") or _text(error)
+                trial.set_user_attr("error", redact(log)[-2000:])
+
+
+def _text(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}")
+
+
+def _shape(error: Exception) -> str:
+    # A message with the trial's own numbers in it is still the same message.
+    return re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", _text(error))
+
+
+def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> None:
+    last = failures[-SAME_ERRORS:]
+    same = streak >= SAME_ERRORS and len({_shape(error) for error in last}) == 1
+    if not same and len(failures) <= max(SAME_ERRORS, wanted):
+        return
+    count = "3 times in a row with the same error" if same else f"{len(failures)} times"
+    message = f"a trial failed {count} ({_text(failures[-1])}); "
+    if all(map(out_of_memory, last)):
+        raise NoResultError(message + "use a smaller batch, width or model") from failures[-1]
+    message += "correct the code that raised it and run the same command again"
+    raise UserCodeError(message, getattr(failures[-1], "details", "")) from failures[-1]
