@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mupx import mounts
+from mupx import mounts, turns
 from mupx.errors import NotFoundError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -70,40 +70,27 @@ def redact(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|secret|token)[^=&\s]*)=[^&\s#]*", r"\1=***", text)
 
 
-def connect(url: str, create: bool, attempts: int = 5) -> BaseStorage:
+def connect(url: str, create: bool) -> BaseStorage:
     """Open a storage.
 
     Args:
         url: See the module's table.
         create: Make it where it is missing.
-        attempts: How often its tables are made again where another process makes them, too.
 
     Raises:
-        NotFoundError: There is no such file.
+        NotFoundError: There is no such file, or no table of studies.
         UsageError: The URL is malformed or its driver is not installed.
         StorageError: The storage is another program's, another Optuna's, or on a disk it must not be on.
     """
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import (
-        ArgumentError,
-        IntegrityError,
-        NoSuchModuleError,
-        OperationalError,
-        ProgrammingError,
-    )
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     if url.startswith(JOURNAL):
         return _journal(url, create)
     try:
         url, options = _options(url, create)
-        if not (create or url.startswith("sqlite")):
-            _require_tables(url, options)
-        return RDBStorage(url, engine_kwargs=options)
-    except (ProgrammingError, IntegrityError, OperationalError) as error:
-        if create and attempts and "exist" in str(error):
-            time.sleep(0.2)  # another process is making the tables at this moment
-            return connect(url, create, attempts - 1)
-        raise
+        with _making(url, options) if create else _looking(url, options):
+            return RDBStorage(url, engine_kwargs=options)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise UsageError(
             f"cannot use storage {redact(url)} ({first_line(error)}); give a URL such as "
@@ -112,6 +99,40 @@ def connect(url: str, create: bool, attempts: int = 5) -> BaseStorage:
         ) from None
     except RuntimeError as error:  # tables of another Optuna
         raise StorageError(f"storage {redact(url)}: {first_line(error)}") from None
+
+
+@contextmanager
+def _making(url: str, options: dict[str, Any]) -> Iterator[None]:
+    """Make tables in turn: those who make them at once trip over each other."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(url, **options)
+    file = engine.url.database
+    try:
+        if engine.dialect.name == "postgresql":
+            with turns.postgresql_turn(engine, "tables of mupx"):
+                yield
+        elif engine.dialect.name == "sqlite" and file not in (None, "", ":memory:"):
+            with turns.file_turn(Path(f"{file}.lock")):
+                yield
+        else:
+            yield
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _looking(url: str, options: dict[str, Any]) -> Iterator[None]:
+    """Refuse a database without studies before Optuna makes its tables in it."""
+    from sqlalchemy import create_engine, inspect
+
+    engine = create_engine(url, **options)
+    try:
+        if not inspect(engine).has_table("studies"):
+            raise NotFoundError(f"no study in {redact(url)} (it is empty); `mupx tune` makes one")
+    finally:
+        engine.dispose()
+    yield
 
 
 def close(storage: BaseStorage) -> None:
@@ -243,19 +264,6 @@ def _options(url: str, create: bool) -> tuple[str, dict[str, Any]]:
     # One connection for the work, one for the turn. A server that was restarted is
     # noticed before a connection is used.
     return url, {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "connect_args": stated}
-
-
-def _require_tables(url: str, options: dict[str, Any]) -> None:
-    """Refuse a database without studies before Optuna makes its tables in it."""
-    from sqlalchemy import create_engine, inspect
-
-    engine = create_engine(url, **options)
-    try:
-        found = inspect(engine).has_table("studies")
-    finally:
-        engine.dispose()
-    if not found:
-        raise NotFoundError(f"no study in {redact(url)} (it is empty); `mupx tune` makes one")
 
 
 def _inspect(path: Path, create: bool) -> None:

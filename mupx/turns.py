@@ -46,11 +46,16 @@ def turn(study: Study) -> AbstractContextManager[None]:
 
 def _sqlite_turn(engine: Any, name: str) -> AbstractContextManager[None]:
     file = engine.url.database
-    return _file_turn(Path(f"{file}.lock")) if file and file != ":memory:" else nullcontext()
+    return file_turn(Path(f"{file}.lock")) if file and file != ":memory:" else nullcontext()
 
 
 @contextmanager
-def _file_turn(path: Path) -> Iterator[None]:
+def file_turn(path: Path) -> Iterator[None]:
+    """Hold a lock file of this machine; the end of the process releases it.
+
+    Raises:
+        StorageInternalError: It cannot be opened, or another process holds it for too long.
+    """
     import fcntl
 
     from optuna.exceptions import StorageInternalError
@@ -76,7 +81,8 @@ def _file_turn(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _postgresql_turn(engine: Any, name: str) -> Iterator[None]:
+def postgresql_turn(engine: Any, name: str) -> Iterator[None]:
+    """Hold an advisory lock of a server."""
     from sqlalchemy import text
 
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
@@ -109,5 +115,5 @@ def _journal_turn(path: Path) -> Iterator[None]:
 
 _LOCKS: Mapping[str, Callable[[Any, str], AbstractContextManager[None]]] = {
     "sqlite": _sqlite_turn,
-    "postgresql": _postgresql_turn,
+    "postgresql": postgresql_turn,
 }

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system without files to write")
 def test_a_folder_nobody_can_write_in_is_a_storage_error():
-    with pytest.raises(StorageError, match="unable to open database file"):
+    with pytest.raises(StorageError, match=r"No such file or directory: '/proc/study.db.lock'"):
         store.open_study("sqlite:////proc/study.db", "s", create=True, identity=IDENTITY)
 
 
