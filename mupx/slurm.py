@@ -53,6 +53,50 @@ class Resources:
     more: Mapping[str, str] = field(default_factory=dict)
 
 
+# Name of an option of sbatch → field of Resources; any other is passed on.
+_NAMES = {
+    "time": "minutes",
+    "nodes": "nodes",
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory_gb",
+    "partition": "partition",
+    "account": "account",
+}
+_TEXT = ("partition", "account")
+
+
+def read_resources(items: Sequence[str]) -> Resources:
+    """Read ``NAME=VALUE`` items: options of sbatch by their long names, and ``setup``, a shell line.
+
+    >>> read_resources(["time=120", "gpus-per-node=1", "qos=low"]).minutes
+    120
+
+    Raises:
+        UsageError: No ``=``, or not a whole number of minutes, nodes, CPUs, GPUs or gigabytes.
+    """
+    fields: dict[str, Any] = {}
+    setup, more = [], {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        name = name.lstrip("-")
+        if not (name and equals and value):
+            raise UsageError(f"--slurm-option takes NAME=VALUE, such as partition=gpu, got {item!r}")
+        if name == "setup":
+            setup.append(value)
+        elif name not in _NAMES:
+            more[name] = value
+        elif _NAMES[name] in _TEXT:
+            fields[_NAMES[name]] = value
+        elif value.removesuffix("G").isdecimal() and int(value.removesuffix("G")) > 0:
+            fields[_NAMES[name]] = int(value.removesuffix("G"))
+        else:
+            unit = {"time": " of minutes", "mem": " of gigabytes"}.get(name, "")
+            raise UsageError(f"--slurm-option {name} takes a whole number{unit}, got {value!r}")
+    return Resources(**fields, setup=tuple(setup), more=more)
+
+
 class Requeueable:
     """A command in a process of its own; submitit calls it, and ``checkpoint`` when its time is over."""
 

@@ -16,7 +16,7 @@ import pytest
 
 from mupx import slurm
 from mupx.errors import MupxError, UsageError
-from mupx.slurm import Requeueable, Resources, sbatch_script, submit
+from mupx.slurm import Requeueable, Resources, read_resources, sbatch_script, submit
 
 # Counts its starts in a file; the first start waits to be told to end, the second one ends by itself.
 PROGRAM = """
@@ -111,6 +111,20 @@ def test_what_is_asked_for_is_in_the_script(tmp_path):
     assert "#SBATCH --requeue" in lines
     assert lines.index("module load cuda") < lines.index("srun --kill-on-bad-exit=1 mupx worker &")
     assert "array" not in sbatch_script(["a"], folder=tmp_path, name="s")
+
+
+def test_options_of_sbatch_are_read_by_their_names():
+    read = read_resources(["time=30", "mem=64G", "partition=gpu", "--qos=low", "setup=a=1", "setup=b"])
+    assert read == Resources(
+        minutes=30, memory_gb=64, partition="gpu", setup=("a=1", "b"), more={"qos": "low"}
+    )
+    assert read_resources([]) == Resources()
+
+
+@pytest.mark.parametrize("item", ["partition", "=x", "time=1:00:00", "gpus-per-node=0", "nodes=two", "qos="])
+def test_an_option_that_cannot_be_meant_is_refused(item):
+    with pytest.raises(UsageError, match="--slurm-option"):
+        read_resources([item])
 
 
 def test_a_variable_that_is_needed_stops_the_script_where_it_is_missing(tmp_path, stub):

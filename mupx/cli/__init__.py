@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from mupx.cli import (
     advise,
+    dashboard,
     doctor,
     export,
     init,
@@ -68,6 +69,7 @@ app.command("advise")(advise.command)
 app.command("rules")(rules.command)
 app.command("worker")(worker.command)
 app.command("status")(status.command)
+app.command("dashboard")(dashboard.command)
 app.command("report")(report.command)
 app.command("export")(export.command)
 app.command("init")(init.command)

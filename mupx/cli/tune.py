@@ -10,6 +10,8 @@ import typer
 
 from mupx.cli import _options as o
 from mupx.cli._console import note, number, parameters, print_json, progress, say, warn
+from mupx.cli._elsewhere import for_workers_elsewhere, print_made
+from mupx.cli._slurm import Emit, Slurm, SlurmOption, wants_slurm
 from mupx.cli._sources import choice_json
 
 if TYPE_CHECKING:
@@ -85,6 +87,9 @@ def command(
     threads: o.Threads = None,
     device: o.Device = None,
     storage: o.Storage = None,
+    slurm: Slurm = False,
+    emit: Emit = None,
+    slurm_option: SlurmOption = None,
     run_dir: o.RunDir = None,
     fresh: o.Fresh = False,
     set_: o.Set = None,
@@ -102,6 +107,13 @@ def command(
 
     from mupx.parametrization import resolved
     from mupx.search import tune
+
+    jobs = wants_slurm(slurm, emit, slurm_option)
+    if jobs or experiment.search.workers == 0:
+        document = for_workers_elsewhere(experiment, folder, fresh, jobs, emit, slurm_option)
+        if document is not None:
+            return print_json(document) if json else print_made(document)
+        experiment, fresh = experiment.updated({"search.workers": 1}), False
 
     with progress("trials") as advance:
 

@@ -21,7 +21,7 @@ from mupx.search.pool import Pool, command
 from mupx.search.trials import TrialInfo
 from mupx.search.worker import Progress, Search
 from mupx.storage import patiently, redact, require_shared, storage_errors
-from mupx.study import default_url, finished, note, noted_name, open_study, unused_name
+from mupx.study import default_url, finished, locate, note, noted_name, open_study, unused_name
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -177,8 +177,9 @@ def _task(
     experiment = with_space(resolved(experiment))
     if fresh:
         set_aside(run_dir)
-    url = experiment.search.storage or default_url(run_dir)
-    name = noted_name(run_dir) or (unused_name(url, run_dir.name) if fresh else run_dir.absolute().name)
+    noted = noted_name(run_dir)
+    url = experiment.search.storage or (locate(run_dir)[0] if noted else default_url(run_dir))
+    name = noted or (unused_name(url, run_dir.name) if fresh else run_dir.absolute().name)
     foreign = Foreign(objective, untrained) if objective else None
     return _Task(experiment, run_dir, url, name, _identity(experiment, objective), data, foreign)
 
