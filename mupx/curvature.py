@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from mupx.losses import Loss
 from mupx.roles.axes import factorable
 
 Layer = nn.Linear | nn.Conv2d
+UNFOLDED = 2**25  # bytes of a convolution's patches laid out at a time: what a cache holds, not a batch
 
 
 def factorable_layers(model: nn.Module) -> dict[str, Layer]:
@@ -60,9 +61,15 @@ def output_rows(layer: nn.Module, delta: Tensor) -> Tensor:
     return delta.reshape(-1, delta.shape[-1])
 
 
-def row_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Return a loss's mask as ``[N, T]`` or ``[N, 1]`` where it speaks of these rows, else None."""
-    samples, positions = rows.shape[:2]
+def unfolded_bytes(layer: nn.Module, rows: int) -> int:
+    """Return the bytes that laying out so many rows takes beyond the input; none but a convolution's."""
+    if not isinstance(layer, nn.Conv2d):
+        return 0
+    return rows * layer.weight[0].numel() * layer.weight.element_size()
+
+
+def row_mask(mask: Tensor | None, samples: int, positions: int) -> Tensor | None:
+    """Return a loss's mask as ``[N, T]`` or ``[N, 1]`` where it speaks of so many rows, else None."""
     if mask is not None and mask.numel() == samples * positions:
         return mask.reshape(samples, positions)
     return mask.unsqueeze(1) if mask is not None and mask.shape == (samples,) else None
@@ -93,6 +100,7 @@ class FactorSums:
     input_count: Tensor | float = 0.0
     outputs: Tensor | None = None
     output_count: Tensor | float = 0.0
+    at_once: ClassVar[int | None] = UNFOLDED  # bytes of patches laid out at a time; None: all of a pass
 
     def takes(self, rows: int) -> bool:
         """Announce the N·T rows of one more pass and return whether they are wanted; asked before unfolding.
@@ -292,12 +300,12 @@ class EagerCapture:
                 return
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
-                rows = input_rows(module, args[0].detach().to(layer.weight.dtype))
-                terms = rows.shape[0] if self._terms is None else self._terms
+                h = args[0].detach().to(layer.weight.dtype)
+                terms = h.shape[0] if self._terms is None else self._terms
                 if name not in self._counted:
                     self._counted.add(name)
                     self._sums[name].add_terms(terms)
-                self._sums[name].add_inputs(rows, row_mask(self._mask, rows))
+                self._add_inputs(name, module, h, output.numel() // len(layer.weight))
             if self._empirical:
                 if isinstance(terms, Tensor) and layer.weight.dtype == torch.float64:
                     terms = terms.double()  # a whole number over a float would be float32
@@ -306,6 +314,14 @@ class EagerCapture:
                 self._edges.append((name, get_gradient_edge(output)))
 
         return record
+
+    def _add_inputs(self, name: str, module: nn.Module, h: Tensor, rows: int) -> None:
+        sums, size = self._sums[name], unfolded_bytes(module, rows)
+        parts = 1 if sums.at_once is None else max(1, min(len(h), -(-size // sums.at_once)))
+        mask = row_mask(self._mask, len(h), rows // max(len(h), 1))
+        masks = [None] * parts if mask is None else mask.tensor_split(parts)
+        for part, own in zip(h.tensor_split(parts) if parts > 1 else (h,), masks, strict=True):
+            sums.add_inputs(input_rows(module, part), own)
 
     def _add_delta(self, name: str, gradient: Tensor, scale: Tensor | float) -> None:
         layer = self._layers[name]
@@ -397,7 +413,7 @@ def functional_gradients(
         def probe(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
                 h = input_rows(module, args[0])
-                kept = row_mask(mask, h)
+                kept = row_mask(mask, *h.shape[:2])
                 ones = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device)
                 rows[name] = h.flatten(0, 1)
                 weights[name] = (ones if kept is None else ones * kept).flatten()

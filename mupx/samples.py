@@ -27,6 +27,7 @@ ENTRIES = 2**23  # numbers of per-sample gradients formed at once
 class SampleRows(FactorSums):
     """The rows h and δ of every sample, kept apart; with ``summed`` the sums behind A and B besides."""
 
+    at_once = None  # kept for the step, so all at once
     summed: bool = True
     h: list[Tensor] = field(default_factory=list)  # one per pass
     delta: list[list[Tensor]] = field(default_factory=list)  # per pass one per direction

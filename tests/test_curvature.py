@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupx import curvature
 from mupx.curvature import (
     Captured,
     EagerCapture,
@@ -235,6 +236,35 @@ def test_patches_are_the_naive_ones_and_reproduce_the_convolution(options: dict[
     assert torch.equal(rows[1], torch.stack(oracles.patches(layer, x[1])))
     expected = layer(x).flatten(2).mT
     torch.testing.assert_close(rows @ layer.weight.flatten(1).T + layer.bias, expected)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_patches_laid_out_in_parts_add_up_to_the_same_factors(
+    ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)).double()
+    x, y = torch.randn(5, 2, 6, 6, dtype=torch.double), torch.tensor([0, 1, 2, 3, 0])
+    if ignored:
+        y[1] = -100
+    _, whole, _ = eager(model, x, y)
+    laid_out: list[int] = []
+
+    def counted(layer: nn.Module, h: Tensor) -> Tensor:
+        rows = input_rows(layer, h)
+        laid_out.append(rows.numel() * rows.element_size())
+        return rows
+
+    monkeypatch.setattr(curvature, "input_rows", counted)
+    monkeypatch.setattr(FactorSums, "at_once", 5000)
+    _, parts, _ = eager(model, x, y)
+    assert len(laid_out) == 4  # 16 positions of 18 doubles in 5 samples, and the Linear
+    assert max(laid_out) <= 5000
+    for name in whole:
+        for one, other in zip(whole[name].factors(), parts[name].factors(), strict=True):
+            torch.testing.assert_close(one, other)
+    _, wrong, _ = eager(model, x, y.flip(0))
+    assert ignored == (not torch.allclose(wrong["0"].factor("A"), whole["0"].factor("A")))
 
 
 @pytest.mark.parametrize(
