@@ -2,21 +2,23 @@
 
     python benchmarks/population.py               # about fifteen minutes on one core
     python benchmarks/population.py --table       # print the committed results
+    python benchmarks/population.py --asdl        # add what an Optuna loop around ASDL's K-FAC does
     python benchmarks/population.py --smoke       # everything small, a few seconds
 
 Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32),
 one thread of a shared machine. *training*: trials none of which diverges, one after the other (P = 1, the
 ordinary loop) and P at a time; they take turns round by round, and the median over rounds counts. *search*:
 `mupx tune` as it is, 32 trials over the default ranges with the study in SQLite; trials that diverge or are
-pruned end early, so its rates depend on what was asked. Rates are per hour of wall time and of CPU time;
-gains are over P = 1 in CPU time. ``best`` is the lowest validation loss found, a mean over seeds of the
-search.
+pruned end early, so its rates depend on what was asked. *ASDL*: what one would write without mupx, an
+Optuna study in SQLite whose objective trains the same network on the same batches with ASDL's K-FAC
+(`peers-requirements.txt`), at an lr at which it does not diverge, and reads the validation loss once, at
+its end. Rates are per hour of wall time and of CPU time; gains are over P = 1 in CPU time. ``best`` is the
+lowest validation loss found, a mean over seeds of the search.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -24,10 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sweeps import set_threads
+import optuna
+import torch
+import torch.nn.functional as F
+from peer_steps import asdl, versions
+from sweeps import read_rows, set_threads, write_rows
 
 from mupx import parts, training
 from mupx.config import Experiment
+from mupx.models.mlp import build
 from mupx.parametrization import resolved
 from mupx.population import train_population
 from mupx.recipe import Recipe
@@ -136,6 +143,34 @@ def measure_search(
     return result
 
 
+def measure_asdl(refresh: int, steps: int, trials: int) -> tuple[float, float]:
+    """Return median wall and CPU seconds of one trial of a plain Optuna loop around ASDL, after the first."""
+    experiment = proxy("kfac", refresh, steps)
+    data, size = parts.load_data(experiment), experiment.train.batch_size
+    times: list[tuple[float, float]] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        wall, cpu = time.perf_counter(), time.process_time()
+        lr, damping = trial.suggest_float("lr", 1e-5, 1e-4), trial.suggest_float("damping", 0.01, 0.04)
+        torch.manual_seed(trial.number)
+        model = build(64, input_shape=data.input_shape, classes=data.classes)
+        step = asdl(model, refresh, lr=lr, damping=damping)
+        for _ in range(-(-steps * size // len(data.train))):
+            order = torch.randperm(len(data.train)).split(size)
+            for index in [one for one in order if len(one) == size][:steps]:
+                step(data.train.inputs[index], data.train.targets[index])
+        with torch.no_grad():
+            loss = F.cross_entropy(model(data.validation.inputs), data.validation.targets).item()
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+        return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        study = optuna.create_study(storage=f"sqlite:///{folder}/study.db")
+        study.optimize(objective, n_trials=trials + 1)
+    wall, cpu = zip(*times[1:], strict=True)
+    return statistics.median(wall), statistics.median(cpu)
+
+
 def rows_of(what: str, optimizer: str, refresh: int, times: dict[int, Any]) -> list[dict[str, str]]:
     base = times[1][1]
     return [
@@ -153,6 +188,18 @@ def rows_of(what: str, optimizer: str, refresh: int, times: dict[int, Any]) -> l
     ]
 
 
+def add_asdl(path: Path, steps: int) -> None:
+    """Measure the loop around ASDL in turn with our ordinary loop, and add its rows to the committed ones."""
+    rows = [row for row in read_rows(path) if row["what"] != "ASDL"]
+    for refresh in (10, 1):
+        wall, cpu = measure_asdl(refresh, steps, 5)
+        ours = measure_training("kfac", refresh, [1], steps, 2)[1]
+        row = rows_of("ASDL", "kfac", refresh, {1: (wall, cpu)})[0]
+        rows.append({**row, "gain": f"{ours[1] / cpu:.2f}"})
+    print(show(rows[-2:]))
+    write_rows(path, rows)
+
+
 def show(rows: list[dict[str, str]]) -> str:
     lines = [f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row[head] for head in HEADS)} |" for row in rows)])
@@ -168,11 +215,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="searches per P")
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "population.csv")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--asdl", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
+    if arguments.asdl:
+        print(f"{set_threads(1)}; {versions()}")
+        add_asdl(arguments.csv, arguments.steps)
+        return
     if arguments.table:
-        with arguments.csv.open(newline="") as file:
-            print(show(list(csv.DictReader(file))))
+        print(show(read_rows(arguments.csv)))
         return
     if arguments.smoke:
         arguments.sizes, arguments.steps, arguments.rounds = [1, 4], 10, 1
@@ -191,10 +242,7 @@ def main() -> None:
             rows += rows_of("search", optimizer, refresh, found)
             print(show(rows[-len(sizes) :]), flush=True)
     if not arguments.smoke:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, HEADS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""What a whole training step costs over SGD's, ours and other packages', measured in turns.
+
+    python benchmarks/peers.py                    # MLP, Myrtle-5 and a GPT block; about an hour on one core
+    python benchmarks/peers.py --memory           # state and peak of each at width 2048, a process each
+    python benchmarks/peers.py --table            # print the committed results
+    python benchmarks/peers.py --smoke            # small sizes, what is installed; a few seconds
+
+A step is everything from the batch to the updated weights. A *round* is ``refresh`` steps, exactly one of
+them with a refresh. All variants take their rounds in turns; counted are CPU seconds of the process with
+one thread, the median over rounds after one warm-up round, over SGD's median in the same turns.
+``peers-requirements.txt`` says what to install; what is missing, or refuses a model, is left out and named.
+Every package gets lr 10⁻⁶, at which none diverges, and where it has them damping 0.01 and a running
+average of 0.95.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peer_steps import FAMILIES, Step, versions
+from sweeps import read_rows, set_threads, write_rows
+from torch import Tensor, nn
+
+from mupx.models.gpt import build as build_gpt
+from mupx.models.mlp import build as build_mlp
+from mupx.models.myrtle5 import build as build_myrtle5
+
+HERE = Path(__file__).parent
+ROUNDS, WARM_UP = 7, 1
+TOKENS, VOCABULARY = 64, 65
+
+
+def model_of(name: str, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "mlp":
+        return build_mlp(width, input_shape=(1, 28, 28), classes=10)
+    if name == "myrtle5":
+        return build_myrtle5(width, input_shape=(3, 32, 32), classes=10)
+    return build_gpt(width, input_shape=(TOKENS,), classes=VOCABULARY, layers=1)
+
+
+def batch_of(name: str, size: int) -> tuple[Tensor, Tensor]:
+    if name == "gpt":
+        tokens = torch.randint(0, VOCABULARY, (size, TOKENS))
+        return tokens, tokens.roll(-1, 1)
+    shape = (1, 28, 28) if name == "mlp" else (3, 32, 32)
+    return torch.randn(size, *shape), torch.randint(0, 10, (size,))
+
+
+def prepared(name: str, width: int, size: int, refresh: int) -> tuple[dict[str, Step], dict[str, str]]:
+    """Return the steps that ran once, and for the others why not."""
+    steps, refused = {}, {}
+    for family, variants in FAMILIES.items():
+        for package, make in variants.items():
+            label = f"{family}: {package}"
+            try:
+                step = make(model_of(name, width), refresh)
+                step(*batch_of(name, size))
+            except Exception as error:  # other people's code may fail in any way
+                refused[label] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                steps[label] = step
+    return steps, refused
+
+
+def one_round(step: Step, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Return CPU seconds per step."""
+    started = time.process_time()
+    for x, y in batches:
+        step(x, y)
+    return (time.process_time() - started) / len(batches)
+
+
+def measure(name: str, width: int, size: int, refresh: int, rounds: int) -> list[dict[str, str]]:
+    steps, refused = prepared(name, width, size, refresh)
+    for label, reason in refused.items():
+        print(f"left out at {name} {width}: {label}: {reason}")
+    batches = [batch_of(name, size) for _ in range(refresh)]
+    for step in steps.values():  # the step that prepared them was a refresh: finish that round
+        one_round(step, batches[1:]) if refresh > 1 else None
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for turn in range(WARM_UP + rounds):
+        for label, step in steps.items():
+            seconds = one_round(step, batches)
+            if turn >= WARM_UP:
+                times[label].append(seconds)
+    medians = {label: statistics.median(each) for label, each in times.items()}
+    base = medians["sgd: sgd"]
+    return [
+        {
+            "model": name,
+            "width": str(width),
+            "batch": str(size),
+            "refresh": str(refresh),
+            "variant": label,
+            "milliseconds": f"{1e3 * seconds:.3f}",
+            "ratio": f"{seconds / base:.2f}",
+            "rounds": str(rounds),
+        }
+        for label, seconds in medians.items()
+    ]
+
+
+def memory_of(label: str, width: int, size: int, refresh: int) -> dict[str, str]:
+    """Return bytes of tensors that live between steps, beyond parameters and gradients, and the peak."""
+    family, package = label.split(": ")
+    model = model_of("mlp", width)
+    step = FAMILIES[family][package](model, refresh)
+    for _ in range(refresh + 2):
+        step(*batch_of("mlp", size))
+    gc.collect()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    known |= {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    found = [o for o in gc.get_objects() if isinstance(o, Tensor) and not o.is_meta]
+    sizes = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in found}
+    state = sum(bytes_ for pointer, bytes_ in sizes.items() if pointer not in known)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    setting = {"width": str(width), "batch": str(size), "refresh": str(refresh)}
+    return {**setting, "variant": label, "state_MiB": f"{state / 2**20:.1f}", "peak_MiB": f"{peak:.0f}"}
+
+
+def all_memory(width: int, size: int, refresh: int) -> list[dict[str, str]]:
+    """Measure every variant in a process of its own: a peak is one process's."""
+    rows = []
+    for family, variants in FAMILIES.items():
+        for package in variants:
+            words = ["--one", f"{family}: {package}", str(width), str(size), str(refresh)]
+            done = subprocess.run(
+                [sys.executable, __file__, *words], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                print(f"left out: {family}: {package}: {done.stderr.strip().splitlines()[-1]}")
+                continue
+            keys = ("width", "batch", "refresh", "variant", "state_MiB", "peak_MiB")
+            rows.append(dict(zip(keys, done.stdout.strip().splitlines()[-1].split("\t"), strict=True)))
+    return rows
+
+
+def show(rows: list[dict[str, str]]) -> str:
+    """Return the ratios as a Markdown table, a row per variant and a column per setting."""
+    settings = list(dict.fromkeys((r["model"], r["width"], r["batch"], r["refresh"]) for r in rows))
+    found = {(r["variant"], (r["model"], r["width"], r["batch"], r["refresh"])): r["ratio"] for r in rows}
+    heads = [f"{model} {width}, {batch}, {refresh}" for model, width, batch, refresh in settings]
+    lines = [f"| variant | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        cells = [found.get((variant, setting), "–") for setting in settings]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show_memory(rows: list[dict[str, str]]) -> str:
+    lines = ["| variant | state, MiB | peak of the process, MiB |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {r['variant']} | {r['state_MiB']} | {r['peak_MiB']} |" for r in rows)])
+
+
+def settings_of(smoke: bool, only: list[str] | None) -> list[tuple[str, int, int, int, int]]:
+    """Return model, width, batch, refresh and rounds of every setting."""
+    if smoke:
+        return [("mlp", 32, 8, 2, 1), ("myrtle5", 8, 4, 1, 1), ("gpt", 32, 2, 1, 1)]
+    mlp = [
+        ("mlp", width, batch, refresh, ROUNDS if width <= 512 else 3)
+        for width in (128, 512, 2048)
+        for batch in (64, 256, 1024)
+        for refresh in (1, 10)
+    ]
+    blocks = [
+        (name, width, 64, refresh, 5)
+        for name, width in (("myrtle5", 64), ("gpt", 256))
+        for refresh in (1, 10)
+    ]
+    return [one for one in mlp + blocks if only is None or f"{one[0]}-{one[1]}" in only]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="MODEL-WIDTH", help="such as mlp-512")
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "peers.csv")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    memory_csv = arguments.csv.with_name("peers-memory.csv")
+    if arguments.table:
+        print(show_memory(read_rows(memory_csv)) if arguments.memory else show(read_rows(arguments.csv)))
+        return
+    machine = set_threads(1)
+    if arguments.one:
+        label, *numbers = arguments.one
+        print("\t".join(memory_of(label, *map(int, numbers)).values()))
+        return
+    print(f"{machine}; {versions()}")
+    if arguments.memory:
+        rows = all_memory(64 if arguments.smoke else 2048, 256, 10)
+        print(show_memory(rows))
+        if not arguments.smoke:
+            write_rows(memory_csv, rows)
+        return
+    rows = [] if arguments.smoke else read_rows(arguments.csv)
+    for name, width, size, refresh, rounds in settings_of(arguments.smoke, arguments.only):
+        new = measure(name, width, size, refresh, rounds)
+        key = (name, str(width), str(size), str(refresh))
+        rows = [r for r in rows if (r["model"], r["width"], r["batch"], r["refresh"]) != key] + new
+        print(show(new), flush=True)
+        if not arguments.smoke:
+            write_rows(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
