@@ -7,10 +7,13 @@ whoever takes the lock first removes such a line: the one who wrote it was told 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mupx.errors import StorageError
 
 BLOCK = 65536  # bytes read at a time, from the end
 GRACE = 30  # seconds after which the lock of somebody who is gone is broken; Optuna's own
@@ -57,6 +60,18 @@ class _MendingLock:
 
     def release(self) -> None:
         self._lock.release()
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file may be a journal: it is empty, or its first line is an operation."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(BLOCK)
+        return not line or (b"\n" not in line) or "op_code" in json.loads(line)
+    except OSError as error:
+        raise StorageError(f"cannot read journal {path}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        return False
 
 
 def mend(path: Path) -> None:

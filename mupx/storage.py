@@ -305,13 +305,15 @@ def _refuse_network(path: Path) -> None:
 def _journal(url: str, create: bool) -> BaseStorage:
     from optuna.storages import JournalStorage
 
-    from mupx.journal import Journal
+    from mupx.journal import Journal, is_journal
 
     path = Path(url.removeprefix(JOURNAL))
     if not path.is_absolute():
         raise UsageError(f"storage {url} needs a whole path, such as {JOURNAL}{path.absolute()}")
     if not path.exists():
         _require_folder(path, create)
+    elif not is_journal(path):
+        raise StorageError(f"{path} is no journal of studies; give another --storage")
     try:
         return JournalStorage(Journal(path))  # type: ignore[arg-type]
     except OSError as error:

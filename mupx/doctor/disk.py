@@ -16,7 +16,7 @@ from mupx.mounts import NETWORK, existing, file_system, writable
 NO_SPACE, LITTLE_SPACE = 100 * MIB, 2 * GIB
 OLDEST_SQLITE = (3, 8, 3)  # WAL is older; SQLAlchemy, below Optuna, needs common table expressions
 SKEW = 5.0  # seconds between this machine's clock and that of the file system
-LEASES = "leases of running trials go by the clock: set it (NTP), or keep the run folder on this machine"
+CLOCK = "dates of runs and trials, and their rate, will be wrong: set the clock (NTP)"
 
 
 def check_space(system: System) -> Finding:
@@ -44,8 +44,8 @@ def check_file_system(system: System) -> Finding:
         return warn(found, "fine for a study in the database of MUPX_SEARCH__STORAGE; its runs may be slow")
     return fail(
         found,
-        "choose a --run-dir on a local disk, or keep the study in PostgreSQL "
-        "(--storage postgresql://user@host/studies)",
+        f"choose a --run-dir on a local disk, or keep the study in a journal (--storage journal://{folder}/"
+        "study.log) or in PostgreSQL (--storage postgresql://user@host/studies)",
     )
 
 
@@ -77,7 +77,7 @@ def check_clock(system: System) -> Finding:
     """Compare the clock with mupx's own files and with a file written now."""
     now, installed = system.now(), Path(mupx.__file__).stat().st_mtime
     if now < installed - 86400:
-        return fail("the clock stands before the day mupx was installed", LEASES)
+        return fail("the clock stands before the day mupx was installed", CLOCK)
     folder = existing(system.run_dir)
     try:
         with tempfile.NamedTemporaryFile(prefix=".mupx-doctor-", dir=folder) as file:
@@ -85,7 +85,7 @@ def check_clock(system: System) -> Finding:
     except OSError:
         return ok("plausible")  # that the folder cannot be written is said by another check
     if abs(skew) > SKEW:
-        return warn(f"files written in {folder} now are dated {skew:+.0f} s from now", LEASES)
+        return warn(f"files written in {folder} now are dated {skew:+.0f} s from now", CLOCK)
     return ok(f"plausible, and that of {folder} agrees")
 
 

@@ -16,8 +16,8 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "psycopg": ("studies in PostgreSQL", "pip install 'mupx[postgres]'"),
     "scipy": ("the sampler gp", "pip install 'mupx[gp]'"),
     "cmaes": ("Optuna's CMA-ES sampler", "pip install 'mupx[cmaes]'"),
-    "submitit": ("launching on Slurm", "pip install submitit"),
-    "optuna_dashboard": ("studies in a browser", "pip install optuna-dashboard"),
+    "submitit": ("jobs on Slurm", "pip install 'mupx[slurm]'"),
+    "optuna_dashboard": ("studies in a browser", "pip install 'mupx[dashboard]'"),
     "tensorboard": ("curves in TensorBoard", "pip install tensorboard"),
 }
 APART = ("python", "torch", "optuna")  # each has a check of its own
