@@ -16,7 +16,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,7 +89,7 @@ def connect(url: str, create: bool) -> BaseStorage:
         return _journal(url, create)
     try:
         url, options = _options(url, create)
-        with _making(url, options) if create else _looking(url, options):
+        with _alone(url, options, create):
             return RDBStorage(url, engine_kwargs=options)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise UsageError(
@@ -102,37 +102,33 @@ def connect(url: str, create: bool) -> BaseStorage:
 
 
 @contextmanager
-def _making(url: str, options: dict[str, Any]) -> Iterator[None]:
-    """Make tables in turn: those who make them at once trip over each other."""
-    from sqlalchemy import create_engine
+def _alone(url: str, options: dict[str, Any], create: bool) -> Iterator[None]:
+    """Make tables, or look for them, in turn: those who make them at once trip over each other.
+
+    Raises:
+        NotFoundError: There are none, and none are to be made: Optuna makes them wherever it looks.
+    """
+    from sqlalchemy import create_engine, inspect
 
     engine = create_engine(url, **options)
-    file = engine.url.database
     try:
-        if engine.dialect.name == "postgresql":
-            with turns.postgresql_turn(engine, "tables of mupx"):
-                yield
-        elif engine.dialect.name == "sqlite" and file not in (None, "", ":memory:"):
-            with turns.file_turn(Path(f"{file}.lock")):
-                yield
-        else:
+        with _tables_turn(engine):
+            if not (create or inspect(engine).has_table("studies")):
+                raise NotFoundError(f"no study in {redact(url)} (it is empty); `mupx tune` makes one")
             yield
     finally:
         engine.dispose()
 
 
-@contextmanager
-def _looking(url: str, options: dict[str, Any]) -> Iterator[None]:
-    """Refuse a database without studies before Optuna makes its tables in it."""
-    from sqlalchemy import create_engine, inspect
-
-    engine = create_engine(url, **options)
-    try:
-        if not inspect(engine).has_table("studies"):
-            raise NotFoundError(f"no study in {redact(url)} (it is empty); `mupx tune` makes one")
-    finally:
-        engine.dispose()
-    yield
+def _tables_turn(engine: Any) -> AbstractContextManager[None]:
+    if engine.dialect.name == "postgresql":
+        return turns.postgresql_turn(engine, "tables of mupx")
+    file = engine.url.database
+    if engine.dialect.name == "sqlite" and file and file != ":memory:":
+        lock = Path(f"{file}.lock")
+        if lock.exists() or mounts.writable(lock.parent):  # who may only read makes no tables either
+            return turns.file_turn(lock)
+    return nullcontext()
 
 
 def close(storage: BaseStorage) -> None:

@@ -1,5 +1,6 @@
 import os
 import sqlite3
+import threading
 from contextlib import closing
 from importlib.util import find_spec
 from urllib.parse import quote
@@ -33,6 +34,26 @@ def test_a_new_study_is_a_wal_file_that_waits_and_syncs_at_checkpoints(tmp_path)
     plain = optuna.create_study(storage=f"sqlite:///{tmp_path}/plain.db")  # Optuna's own default differs
     assert pragma(plain, "journal_mode") == "delete"
     plain._storage._backend.engine.dispose()
+
+
+def test_who_looks_while_it_is_made_finds_nothing_or_all(tmp_path):
+    path, failed = tmp_path / "a.db", []
+
+    def look():
+        try:
+            store.open_study(store.file_url(path), "s", create=False, identity=None)
+        except NotFoundError:
+            pass
+        except Exception as error:
+            failed.append(error)
+
+    lookers = [threading.Thread(target=lambda: [look() for _ in range(5)]) for _ in range(3)]
+    for thread in lookers:
+        thread.start()
+    make(path)
+    for thread in lookers:
+        thread.join()
+    assert failed == []
 
 
 def test_reopening_finds_the_trials_and_the_identity(tmp_path):
@@ -117,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system without files to write")
 def test_a_folder_nobody_can_write_in_is_a_storage_error():
-    with pytest.raises(StorageError, match=r"No such file or directory: '/proc/study.db.lock'"):
+    with pytest.raises(StorageError, match=r"unable to open database file|proc/study"):
         store.open_study("sqlite:////proc/study.db", "s", create=True, identity=IDENTITY)
 
 

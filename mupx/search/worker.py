@@ -134,7 +134,11 @@ class Search:
             sum(t.state in slots.COUNTED for t in trials),
             len(running),
         )
-        return self.patiently(lambda: optuna.Trial(self.study, trial_id))
+        try:
+            return self.patiently(lambda: optuna.Trial(self.study, trial_id))
+        except BaseException:
+            self._give_back(trial_id)
+            raise
 
     def _create(self) -> tuple[int, int, Sequence[FrozenTrial]] | None:
         """Make a trial that is held from the start: a process may be killed after any operation."""
@@ -189,7 +193,7 @@ class Search:
             return True
 
         if ended.error is not None:
-            self._note_failure(ended.trial, "failed", ended.error)
+            self._note_failure(ended.trial, ended.error)
             return True
         return self.patiently(kept)
 
@@ -212,18 +216,20 @@ class Search:
 
     def abandon(self, trial: Trial) -> None:
         """Close a trial that was interrupted."""
-        self.leases.release(trial._trial_id)
-        self._note_failure(trial, "interrupted")
-        with suppress(Exception):
-            self.study.tell(trial, state=TrialState.FAIL)
+        self._give_back(trial._trial_id)
 
-    def _note_failure(self, trial: Trial, outcome: str, error: Exception | None = None) -> None:
+    def _give_back(self, trial_id: int) -> None:
+        self.leases.release(trial_id)
         # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
         with suppress(Exception):
-            trial.set_user_attr("outcome", outcome)
-            if error is not None:
-                log = getattr(error, "details", "") or _text(error)
-                trial.set_user_attr("error", redact(log)[-2000:])
+            self.study._storage.set_trial_user_attr(trial_id, "outcome", "interrupted")
+            self.study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+    def _note_failure(self, trial: Trial, error: Exception) -> None:
+        with suppress(Exception):
+            trial.set_user_attr("outcome", "failed")
+            log = getattr(error, "details", "") or _text(error)
+            trial.set_user_attr("error", redact(log)[-2000:])
 
 
 def _text(error: Exception) -> str:
