@@ -280,6 +280,9 @@ def _refuse_double(study: Study) -> None:
 def _search_together(task: _Task, study: Study, workers: int, progress: Progress | None) -> None:
     """Let processes of their own search, and say what they find."""
     experiment, gpus = task.experiment, devices.gpus()
+    places = slots.taken(study.get_trials(deepcopy=False)).values()
+    left = experiment.search.trials - sum(trial.state in slots.COUNTED for trial in places)
+    workers = min(workers, max(left, 1))
     threads = devices.threads_each(workers, experiment.train.threads, devices.cores())
     allowed = list(dict.fromkeys(experiment.own_code.values()))
     commands = [

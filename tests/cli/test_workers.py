@@ -134,6 +134,23 @@ def test_jobs_are_submitted_with_the_storage_in_their_environment(run, tmp_path,
     assert seen["command"][1:4] == ["-m", "mupx", "worker"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install mupx[slurm]")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's Popen
+def test_jobs_of_submitit_search_one_journal(run, tmp_path, monkeypatch):
+    made = run(*MAKE, "--emit", "sbatch", "--json").json
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", *made["worker"].split(), "--threads", "1"]
+    resources = slurm.Resources(minutes=5)
+    folder = tmp_path / "jobs"
+    jobs = slurm.submit(command, folder=folder, name="a", resources=resources, copies=2, cluster="local")
+    for job in jobs:
+        os.waitpid(int(job), 0)
+    assert len(list(folder.glob("*_result.pkl"))) == 2
+    found = run(*MAKE, "--json").json
+    assert (found["counts"]["total"], found["storage"]) == (3, made["storage"])
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
