@@ -256,7 +256,9 @@ def _options(url: str, create: bool) -> tuple[str, dict[str, Any]]:
         url = parsed.render_as_string(hide_password=False)
     if parsed.drivername not in ("postgresql+psycopg", "postgresql+psycopg2"):
         return url, {}
-    stated = {key: value for key, value in KEEP_ALIVE.items() if key not in parsed.query}
+    stated: dict[str, Any] = {key: value for key, value in KEEP_ALIVE.items() if key not in parsed.query}
+    if parsed.drivername == "postgresql+psycopg":
+        stated["prepare_threshold"] = None  # a pooler gives each transaction another session
     # One connection for the work, one for the turn. A server that was restarted is
     # noticed before a connection is used.
     return url, {"pool_size": 2, "max_overflow": 3, "pool_pre_ping": True, "connect_args": stated}
