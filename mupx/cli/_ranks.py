@@ -8,14 +8,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mupx.cli._console import note
 from mupx.errors import MupxError, UsageError
+from mupx.files import write_atomically
 
 if TYPE_CHECKING:
     from mupx.distributed.communicator import Communicator
 
+SCRIPT = "train.sbatch"  # in the run folder
 VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")  # without them this process is alone
 
 
@@ -45,6 +49,33 @@ def start(nproc: int, restarts: int, words: list[str]) -> None:
 
     note(torchrun_line(nproc, words, restarts))
     launch(nproc, words, restarts)
+
+
+def as_job(
+    words: list[str], folder: Path, nproc: int | None, emit: str | None, options: list[str] | None
+) -> dict[str, Any]:
+    """Submit ``mupx WORDS`` to Slurm, where srun starts the processes, or write the script that does.
+
+    Args:
+        words: The verb and its flags.
+        folder: Run folder; logs and job files go there.
+        nproc: Processes on each node, if the options do not say.
+        emit: ``sbatch`` for a script.
+        options: As ``--slurm-option`` gives them.
+    """
+    from mupx import slurm
+
+    resources = slurm.read_resources(options or ())
+    if nproc is not None:
+        resources = replace(resources, tasks_per_node=nproc)
+    name, document = folder.name, {"run_dir": folder, "processes": resources.nodes * resources.tasks_per_node}
+    if emit is None:
+        command = [sys.executable, "-m", "mupx", *words]
+        jobs = slurm.submit(command, folder=folder / "slurm", name=name, resources=resources)
+        return {**document, "jobs": jobs}
+    text = slurm.sbatch_script(["mupx", *words], folder=folder.absolute(), name=name, resources=resources)
+    write_atomically(folder / SCRIPT, text.encode())
+    return {**document, "script": folder / SCRIPT}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,7 +16,8 @@ from mupx import config
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import number, print_json, progress, say, warn
-from mupx.cli._ranks import joined, several, start
+from mupx.cli._ranks import as_job, joined, several, start
+from mupx.cli._slurm import Emit, Slurm, SlurmOption, wants_slurm
 from mupx.config import Experiment
 from mupx.errors import NoResultError, UsageError
 from mupx.recipe import Recipe
@@ -42,6 +44,7 @@ NOT_TRANSFERRED = (
 REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
 STATED = ("data_dir", "refresh", "curvature_every", "device", "threads", "seed")
 LAUNCHER = ("nproc", "max_restarts", "fresh")  # flags that are for the process that starts the others
+JOB = ("slurm", "emit", "slurm_option", "json")
 SHOWN = 3  # parameters with repaired factors that the summary names
 LINES = 10  # progress lines without a terminal
 
@@ -73,6 +76,9 @@ def command(
         int | None,
         o.whole("--max-restarts", o.WHERE, "How often processes are started again after one died.", least=0),
     ] = None,
+    slurm: Slurm = False,
+    emit: Emit = None,
+    slurm_option: SlurmOption = None,
     json: o.Json = False,
 ) -> None:
     """Train the model of a recipe and measure it on the test data.
@@ -89,6 +95,11 @@ def command(
     o.require_allowed(context, experiment, changes, allow_code)
     experiment = o.check_names(experiment)
     folder = run_dir or Path("runs") / f"{experiment.run_name}-target"
+    if wants_slurm(slurm, emit, slurm_option):
+        _set_aside_if(fresh, folder)
+        words = o.command_line(context, without=(*LAUNCHER, *JOB))[1:]
+        _print_job(as_job(words, folder, nproc, emit, slurm_option), json)
+        return
     if nproc is not None and nproc > 1:
         _set_aside_if(fresh, folder)
         start(nproc, max_restarts or 0, o.command_line(context, without=LAUNCHER)[1:])
@@ -109,6 +120,18 @@ def command(
                 f"the run diverged after {result.steps} steps{skipped}; lower hyperparameters.lr or raise "
                 "hyperparameters.damping at the base width, or transfer with --pick robust"
             )
+
+
+def _print_job(document: Mapping[str, Any], json: bool) -> None:
+    if json:
+        print_json(document)
+    elif "script" in document:
+        say(f"script   {document['script']}")
+        say(f"next     sbatch {shlex.quote(str(document['script']))}")
+    else:
+        say(f"jobs     {', '.join(document['jobs'])}")
+    if not json:
+        say("then     this command without --slurm and --emit prints the result")
 
 
 def _overrides(old: Experiment, new: Experiment) -> list[str]:

@@ -142,6 +142,8 @@ def device_of(name: str, found: Place) -> str:
         raise UsageError(
             f"{found.size} ranks cannot all use {name}; give --device cuda: each takes the GPU of its number"
         )
+    if found.launcher == "srun" and torch.cuda.device_count() == 1:
+        return "cuda:0"  # Slurm shows each task its own
     if found.local_rank >= (count := torch.cuda.device_count()):
         raise UsageError(
             f"rank {found.rank} is number {found.local_rank} on its host, where torch sees {count} CUDA "

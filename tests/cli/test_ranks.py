@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mupx import slurm
 from tests.cli.conftest import Ended
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +108,37 @@ def test_a_process_among_others_that_does_not_know_them_is_refused(
     assert said in ended.message
 
 
+def test_a_script_for_sbatch_starts_the_processes_by_srun(run: Callable[..., Ended], recipe: Path) -> None:
+    flags = ["--emit", "sbatch", "--nproc", "4", "--slurm-option", "nodes=2", "--slurm-option", "time=30"]
+    ended = run("train", recipe, *FLAGS, "--fsdp", "--run-dir", "wide", *flags)
+    assert ended.code == 0, ended.err
+    script = Path("wide/train.sbatch").read_text()
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--time=30"):
+        assert f"#SBATCH {line}\n" in script
+    assert f"srun --kill-on-bad-exit=1 mupx train {recipe} --set train.steps=12" in script
+    assert " --fsdp" in script
+    assert "--emit" not in script
+    assert "--nproc" not in script
+    assert "next     sbatch wide/train.sbatch" in ended.out
+
+
+def test_a_job_is_submitted_with_as_many_processes_as_asked_for(
+    run: Callable[..., Ended], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {}
+
+    def submit(command: list[str], **more: Any) -> list[str]:
+        taken.update(more, command=command)
+        return ["17"]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    document = run("train", recipe, "--run-dir", "wide", "--slurm", "--nproc", "3", "--json").json
+    assert (document["jobs"], document["processes"]) == (["17"], 3)
+    assert taken["resources"].tasks_per_node == 3
+    assert taken["command"][1:5] == ["-m", "mupx", "train", str(recipe)]
+    assert "--slurm" not in taken["command"]
+
+
 @pytest.mark.dist
 def test_two_processes_print_one_result_that_of_one(run: Callable[..., Ended], recipe: Path) -> None:
     alone = run("train", recipe, *FLAGS, "--run-dir", "alone", "--json").json
@@ -177,3 +210,35 @@ def test_bad_input_is_one_sentence_whoever_finds_it(recipe: Path, tmp_path: Path
         met = mupx("train", recipe, *FLAGS, **there)
     assert met.code == 2
     assert met.message.startswith(f"port {port} on 127.0.0.1, where the 2 ranks are to meet, is in use")
+
+
+@pytest.mark.dist
+def test_tasks_of_srun_join_by_its_variables(run: Callable[..., Ended], recipe: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+    words = ["train", str(recipe), *FLAGS, "--run-dir", str(tmp_path / "step"), "--json"]
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mupx", *words],
+            env={
+                **os.environ,
+                **step,
+                "PYTHONPATH": str(ROOT),
+                "MASTER_PORT": port,
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    alone = run("train", recipe, *FLAGS, "--run-dir", "alone", "--json").json
+    assert json.loads(printed[0])["validation"]["loss"] == pytest.approx(
+        alone["validation"]["loss"], rel=1e-4
+    )
+    assert printed[1] == ""

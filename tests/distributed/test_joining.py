@@ -80,3 +80,11 @@ def test_every_rank_of_a_host_takes_a_device_of_its_own(monkeypatch: pytest.Monk
         device_of("auto", where)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto", where) == "cpu"
+
+
+def test_a_task_to_which_slurm_shows_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = place(STEP)
+    assert where is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_of("auto", where) == "cuda:0"
