@@ -87,6 +87,19 @@ class Communicator:
         """
         return [[tensor] for tensor in tensors]
 
+    def dealt(
+        self, tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]], owners: Sequence[int], kind: str
+    ) -> list[Tensor]:
+        """Return this rank's rows of each tensor, which its owner has whole: the reverse of `collected`.
+
+        Args:
+            tensors: Whole on its owner; elsewhere only precision and all axes but the first count.
+            lengths: For each tensor the rows that every rank gets.
+            owners: For each tensor who has it.
+            kind: Under what the bytes are counted.
+        """
+        return list(tensors)
+
     @contextmanager
     def guarding(self) -> Generator[None]:
         """Turn the many errors of a lost connection into one sentence."""
@@ -197,6 +210,29 @@ class Ranks(Communicator):
             parts = [tensor if r == self.rank else given.new_empty(n, *shape) for r, n in enumerate(counts)]
             operations += [p2p(receive, parts[r], r, tag=tag) for r in others if counts[r]]
             results.append(parts)
+        with self.guarding():
+            for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+        return results
+
+    def dealt(
+        self, tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]], owners: Sequence[int], kind: str
+    ) -> list[Tensor]:
+        """Return this rank's rows of each tensor, which its owner has whole: the reverse of `collected`."""
+        operations: list[Any] = []
+        results: list[Tensor] = []
+        p2p, send, receive = torch.distributed.P2POp, torch.distributed.isend, torch.distributed.irecv
+        for tag, (tensor, counts, owner) in enumerate(zip(tensors, lengths, owners, strict=True)):
+            if owner == self.rank:
+                parts = [part.contiguous() for part in tensor.split(list(counts))]
+                self.sent[kind] += tensor.numel() * tensor.element_size()
+                others = [r for r in range(self.size) if r != self.rank and counts[r]]
+                operations += [p2p(send, parts[r], r, tag=tag) for r in others]
+                results.append(parts[self.rank])
+                continue
+            results.append(tensor.new_empty(counts[self.rank], *tensor.shape[1:]))
+            if counts[self.rank]:
+                operations.append(p2p(receive, results[-1], owner, tag=tag))
         with self.guarding():
             for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
                 work.wait()

@@ -30,3 +30,38 @@ def shaped_like(tensor: Tensor, like: Tensor) -> Tensor:
     assert isinstance(like, DTensor)
     # Without a source every rank cuts its part out of its own copy, and nothing is sent.
     return distribute_tensor(tensor.view(like.shape), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def rows_of(tensor: Tensor, ranks: int) -> list[int]:
+    """Return how many rows of a tensor each rank holds, where it is split by rows as FSDP does.
+
+    Args:
+        tensor: Sharded.
+        ranks: Number of ranks.
+
+    Returns:
+        Rows by rank; nothing where it is split otherwise (several meshes, another axis).
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
+    if tensor.placements != (Shard(0),) or tensor.device_mesh.size() != ranks:
+        return []
+    each = -(-tensor.shape[0] // ranks)
+    return [max(0, min(each, tensor.shape[0] - rank * each)) for rank in range(ranks)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the rows of a sharded tensor that this rank holds."""
+    result: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return result
+
+
+def from_local(rows: Tensor, like: Tensor) -> Tensor:
+    """Return the sharded tensor of which this rank holds these rows, split like another one."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+    )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mupx.distributed.assignment import assigned, cubes
 from mupx.distributed.communicator import Communicator, found, packed, unpacked
-from mupx.distributed.sharding import shaped_like, sharded, whole
+from mupx.distributed.sharding import from_local, local, rows_of, shaped_like, sharded, whole
 from mupx.errors import MismatchError
 from mupx.optim.base import Base
 from mupx.refresh import Intervals, Refresh
@@ -113,12 +113,25 @@ class Divided(Base):
         self._whole = {}
         if self._loaded and self.communicator.shares:
             self._release()
-        for group in self.param_groups:
-            for parameter in group["params"] if group["algorithm"] == self.algorithm else ():
-                if parameter.grad is not None and parameter.numel() and self._joined(parameter):
-                    gradient = whole(self._decayed(parameter, group)[1])
-                    if self.mine(parameter):
-                        self._whole[id(parameter)] = gradient
+        groups = ((p, g) for g in self.param_groups if g["algorithm"] == self.algorithm for p in g["params"])
+        split = [(p, g) for p, g in groups if p.grad is not None and p.numel() and self._joined(p)]
+        self._join([(parameter, self._decayed(parameter, group)[1]) for parameter, group in split])
+
+    def _join(self, split: Sequence[tuple[Tensor, Tensor]]) -> None:
+        ranks, by_rows = self.communicator, []
+        for parameter, gradient in split:
+            rows = rows_of(gradient, ranks.size) if ranks.shares else []
+            if rows:
+                by_rows.append((parameter, local(gradient), rows))
+                continue
+            joined = whole(gradient)  # by everybody, as somebody else has cut it up
+            if self.mine(parameter):
+                self._whole[id(parameter)] = joined
+        owners, parts = [self.owner(p) for p, _, _ in by_rows], [part for _, part, _ in by_rows]
+        found = ranks.collected(parts, [rows for _, _, rows in by_rows], owners, "updates")
+        for (parameter, _, _), pieces in zip(by_rows, found, strict=True):
+            if pieces:
+                self._whole[id(parameter)] = torch.cat(pieces)
 
     _whole: dict[int, Tensor] = {}  # noqa: RUF012 - replaced, never changed
 
@@ -186,19 +199,32 @@ class Divided(Base):
         self._whole = {}
 
     def _move_divided(self, divided: Moving) -> None:
-        updates = []
-        for parameter, group in divided:
-            if self.mine(parameter):
-                factor, gradient = self._decayed(parameter, group)
-                gradient = self._whole.get(id(parameter), gradient)
-                updates.append(self.update_of(parameter, group, (factor, gradient))[1])
-            else:
-                self.followed(parameter)
-                updates.append(torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
-        self.communicator.broadcast(updates, [self.owner(p) for p, _ in divided], "updates")
-        for (parameter, group), update in zip(divided, updates, strict=True):
-            factor = self._decayed(parameter, group)[0]
-            self.move(parameter, group, factor, shaped_like(update, parameter))
+        updates = [self._divided_update(parameter, group) for parameter, group in divided]
+        for (parameter, group), update in zip(divided, self._exchanged(divided, updates), strict=True):
+            self.move(parameter, group, self._decayed(parameter, group)[0], update)
+
+    def _divided_update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        if not self.mine(parameter):
+            self.followed(parameter)
+            by_rows = sharded(parameter) and rows_of(parameter, self.communicator.size)
+            shape = (0, *parameter.shape[1:]) if by_rows else parameter.shape
+            return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        factor, gradient = self._decayed(parameter, group)
+        gradient = self._whole.get(id(parameter), gradient)
+        return self.update_of(parameter, group, (factor, gradient))[1]
+
+    def _exchanged(self, divided: Moving, updates: list[Tensor]) -> list[Tensor]:
+        """Return the owners' updates in the form of the parameters."""
+        ranks, owners = self.communicator, [int(self.owner(p) or 0) for p, _ in divided]
+        rows = [rows_of(p, ranks.size) if sharded(p) else [] for p, _ in divided]
+        cut = [i for i, each in enumerate(rows) if each]
+        rest = [i for i, each in enumerate(rows) if not each]
+        ranks.broadcast([updates[i] for i in rest], [owners[i] for i in rest], "updates")
+        chosen = ([updates[i] for i in cut], [rows[i] for i in cut], [owners[i] for i in cut])
+        parts = zip(cut, ranks.dealt(*chosen, "updates"), strict=True)
+        result = {i: from_local(part, divided[i][0]) for i, part in parts}
+        result |= {i: shaped_like(updates[i], divided[i][0]) for i in rest}
+        return [result[i] for i in range(len(divided))]
 
     def followed(self, parameter: Tensor) -> None:
         """Count a step of this parameter that its owner does."""
