@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py               # some minutes on two cores
     python benchmarks/ranks.py --table       # print the committed results
+    python benchmarks/ranks.py --paper       # print the arithmetic of a target of ten billion parameters
     python benchmarks/ranks.py --smoke       # everything small, half a minute
 
 MLP 196-w×8-10 on the embedded Fashion-MNIST 14×14, global batch 256, float32, dense factors, one thread per
@@ -243,6 +244,30 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def paper(d: int = 4096, blocks: int = 48, ranks: int = 64, interval: int = 100, b: int = 4) -> str:
+    """Return memory and traffic of K-FAC on a GPT whose blocks have layers 3d×d, d×d, 4d×d and d×4d."""
+    layers = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+    weights = blocks * sum(rows * columns for rows, columns in layers)
+    factors = blocks * sum(rows**2 + columns**2 for rows, columns in layers)
+    cubes = blocks * sum(rows**3 + columns**3 for rows, columns in layers)
+    gigabytes = {
+        "weights and gradients": (2 * weights, 2 * weights / ranks),
+        "A and B": (factors, factors / ranks),
+        "their inverses": (factors, factors / ranks),
+        "statistics sent, per step": (None, factors / 2 / interval),
+        "FSDP's own traffic, per step": (None, 3 * weights),
+        "gradients to owners and updates back, per step": (None, 2 * weights / ranks),
+    }
+    lines = [f"P = {weights:.3g}, A and B {factors / weights:.1f} P; GB on all ranks, and per rank:"]
+    for what, (everywhere, each) in gigabytes.items():
+        shown = "–" if everywhere is None else f"{b * everywhere / 1e9:.0f}"
+        lines.append(f"{what}: {shown}, {b * each / 1e9:.3g}")
+    lines.append(
+        f"cubes of a refresh: {cubes:.3g}, {cubes / ranks:.2g} per rank; longest side {(4 * d) ** 3:.2g}"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
@@ -250,11 +275,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="OPTIMIZER:T", help="such as kfac:10")
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--paper", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_rows(arguments.csv)))
+        return
+    if arguments.paper:
+        print(paper())
         return
     given = [each.split(":") for each in arguments.only or ()]
     settings = [(name, int(refresh)) for name, refresh in given] or SETTINGS

@@ -87,6 +87,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("text", "zoo.py", 10),
         ("late", "late_drift.py", 9),
         ("population", "population.py", 24),
+        ("ranks", "ranks.py", 14),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):

@@ -272,10 +272,13 @@ class Ranks(Communicator):
         return result
 
 
+ALONE = Communicator()
+
+
 def found(shares: bool = False) -> Communicator:
     """Return the communicator of the process group that is there: this process alone, where there is none."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return Ranks(shares=shares) if several and torch.distributed.get_world_size() > 1 else Communicator()
+    return Ranks(shares=shares) if several and torch.distributed.get_world_size() > 1 else ALONE
 
 
 def upper(matrix: Tensor) -> list[Tensor]:
