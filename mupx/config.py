@@ -33,6 +33,7 @@ from pydantic import (
 
 from mupx import elsewhere
 from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.files import MOST_TEXT, read_bounded
 from mupx.optim import OPTIMIZERS
 from mupx.refresh import read_refresh
 from mupx.scaling import HOSTS, Power, Role, ScalingRule, WeightDecayMode, find_rule, grafted
@@ -470,10 +471,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: It is not TOML; the message has line and column.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path, MOST_TEXT).decode())
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 

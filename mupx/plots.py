@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullLocator
 
 from mupx.config import Range
-from mupx.errors import StorageError
+from mupx.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,12 +218,8 @@ def save(figure: Figure, path: Path) -> Path:
     Raises:
         StorageError: The file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(STYLE):
-            figure.savefig(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+    with replacing(path) as temporary, mpl.rc_context(STYLE):
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupx.config import Experiment
 from mupx.errors import NoResultError, StorageError
+from mupx.files import read_json
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -64,7 +65,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entries.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise StorageError(f"{path}, line {number} is damaged; train again with --fresh") from None
     return entries
@@ -182,7 +183,6 @@ def _result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}); train again with --fresh") from None
-    return document

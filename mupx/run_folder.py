@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from mupx import checkpoint
 from mupx.config import Experiment, refuse_difference
 from mupx.errors import MismatchError
-from mupx.files import write_atomically
+from mupx.files import append, read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class RunFolder:
 
     def save(self, run: Continuable) -> None:
         """Write the queued metrics, then a checkpoint."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in self._metrics)
+        append(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in self._metrics).encode())
         self._metrics.clear()
         checkpoint.write(self.checkpoints, run.snapshot())
 
@@ -132,12 +131,11 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+            return read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise MismatchError(
                 f"{self.path / name} cannot be read ({error}); use another --run-dir"
             ) from None
-        return document
 
     def _write(self, name: str, document: Mapping[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(document, indent=1).encode())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mupx.errors import StorageError
+from mupx.files import replacing
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -75,11 +75,8 @@ def write(frame: pd.DataFrame, csv: Path | None = None, parquet: Path | None = N
     for path, writer in writers:
         if path is None:
             continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer(path)
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+        with replacing(path) as temporary:
+            writer(temporary)
         written.append(path)
     return written
 
