@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupx.config import refuse_difference
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
+from mupx.files import read_json, write_atomically
 from mupx.storage import close, connect, file_url, names, redact, storage_errors
 from mupx.turns import turn
 
@@ -67,13 +67,8 @@ def parse_reference(text: str) -> tuple[str, str]:
 
 def note(run_dir: Path, url: str, name: str) -> None:
     """Write down which study belongs to a run folder, without passwords."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        draft = run_dir / f".{NOTE}.{os.getpid()}"
-        draft.write_text(json.dumps({"study": name, "storage": redact(url)}) + "\n", encoding="utf-8")
-        draft.replace(run_dir / NOTE)
-    except OSError as error:
-        raise StorageError(f"cannot write in run folder {run_dir}: {error.strerror}") from None
+    document = {"study": name, "storage": redact(url)}
+    write_atomically(run_dir / NOTE, (json.dumps(document) + "\n").encode())
 
 
 def noted_name(run_dir: Path) -> str | None:
@@ -110,7 +105,7 @@ def locate(run_dir: Path, storage: str | None = None) -> tuple[str, str]:
 def _noted(run_dir: Path) -> dict[str, str] | None:
     path = run_dir / NOTE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         return {"study": str(document["study"]), "storage": str(document["storage"])}
     except FileNotFoundError:
         return None

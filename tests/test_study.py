@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")  # also stops root, whom permissions do not
     with pytest.raises(StorageError, match="cannot make folder"):
         make(tmp_path / "file" / "study.db")
-    with pytest.raises(StorageError, match="cannot write in run folder"):
+    with pytest.raises(StorageError, match="cannot write"):
         store.note(tmp_path / "file" / "run", "sqlite:///x.db", "s")
 
 
