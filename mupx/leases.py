@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from socket import gethostname
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
+
+from mupx.processes import born
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -158,25 +159,3 @@ def pid_space() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-
-
-def born(pid: int) -> str | None:
-    """Return when a process of this machine started, or None when it is gone.
-
-    A process number may have been given to another process since; its start time has not.
-    """
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    except OSError:
-        return _born_without_proc(pid)
-
-
-def _born_without_proc(pid: int) -> str | None:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "alive"

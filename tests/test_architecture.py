@@ -23,6 +23,7 @@ LEVELS = {
     "mupx.blocks": 0,
     "mupx.files": 0,
     "mupx.mounts": 0,
+    "mupx.processes": 0,
     "mupx.interrupts": 0,
     "mupx.refresh": 0,
     "mupx.config": 1,

@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 
 from mupx import leases as lease_module
 from mupx import study as store
-from mupx.leases import LEASE, VERDICTS, Leases, alive, born, reap
+from mupx.leases import LEASE, VERDICTS, Leases, alive, reap
+from mupx.processes import born
 
 GRACE = 60.0
 

@@ -13,7 +13,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mupx import leases, recipe, storage
+from mupx import leases, processes, recipe, storage
 from mupx import study as store
 from mupx.config import Hyperparameters
 from mupx.errors import MismatchError, NoResultError, StorageError, UsageError
@@ -308,7 +308,7 @@ def test_a_second_search_by_mistake_is_refused_and_beside_a_worker_it_waits(
     loop.tune(experiment.updated({"search.trials": 2}), run_dir=tmp_path / "a")
     study = store.open_study(store.default_url(tmp_path / "a"), "a", create=False, identity=None)
     trial = study.ask()
-    parent = {"pid": os.getppid(), "start": leases.born(os.getppid()), "kind": kind}
+    parent = {"pid": os.getppid(), "start": processes.born(os.getppid()), "kind": kind}
     trial.set_user_attr("lease", {**leases.Leases(study, 60).lease(), **parent})
     trial.set_user_attr("slot", 2)
     sampling.suggest(trial, experiment.search.space)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mupx.errors import MismatchError, NoResultError, StorageError
-from mupx.leases import born
+from mupx.processes import born
 from mupx.search import devices, pool
 from mupx.search.pool import Pool, command
 
