@@ -24,6 +24,7 @@ LEVELS = {
     "mupx.files": 0,
     "mupx.mounts": 0,
     "mupx.processes": 0,
+    "mupx.locks": 0,
     "mupx.interrupts": 0,
     "mupx.refresh": 0,
     "mupx.config": 1,
