@@ -12,6 +12,7 @@ that was tuned with it says so, and ``mupx train`` cannot run it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 from mupx import recipe as recipes
 from mupx.config import Experiment, Hyperparameters, Range, merge, parse
 from mupx.errors import UsageError, unknown_name
+from mupx.locks import held
 from mupx.recipe import Recipe
 from mupx.usercode import hand_over, is_loaded
 
@@ -79,16 +81,19 @@ def tune(
     if objective is None and not isinstance(what, Experiment) and "space" not in settings:
         experiment = _with_defaults(experiment, settings)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / experiment.run_name
-    return loop.tune(
-        experiment,
-        run_dir=folder,
-        fresh=fresh,
-        data=loaded,
-        objective=objective,
-        untrained=untrained,
-        progress=progress,
-        confirmed=confirmed,
-    )
+    if fresh:
+        loop.set_aside(folder)
+    with held(folder, "tune"):
+        return loop.tune(
+            experiment,
+            run_dir=folder,
+            fresh=fresh,
+            data=loaded,
+            objective=objective,
+            untrained=untrained,
+            progress=progress,
+            confirmed=confirmed,
+        )
 
 
 def transfer(
@@ -169,7 +174,8 @@ def train(
         options["recipe"], what = _allowed(what, allow_code)
     experiment, loaded = _understood(what, data, more)
     folder = None if run_dir is None else Path(run_dir)
-    return training.train(experiment, data=loaded, run_dir=folder, **options)
+    with _held(folder, "train"):
+        return training.train(experiment, data=loaded, run_dir=folder, **options)
 
 
 def verify(
@@ -199,7 +205,8 @@ def verify(
         options.setdefault("provenance", recipe.provenance)
     experiment, loaded = _understood(what, data, more)
     folder = None if run_dir is None else Path(run_dir)
-    return runner.verify(experiment, data=loaded, run_dir=folder, **options)
+    with _held(folder, "verify"):
+        return runner.verify(experiment, data=loaded, run_dir=folder, **options)
 
 
 def advise(
@@ -227,6 +234,10 @@ def advise(
         options |= {"tuned": recipe.experiment, "parameters": recipe.parameters}
     experiment, loaded = _understood(what, data, more)
     return advising.advise(experiment, data=loaded, **options)
+
+
+def _held(folder: Path | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if folder is None else held(folder, what)
 
 
 def _allowed(what: Recipe | Path, allow_code: Sequence[str]) -> tuple[Recipe, Experiment]:

@@ -59,7 +59,8 @@ class Holder:
 def held(folder: Path, what: str) -> Iterator[None]:
     """Hold a run folder for the block; its litter of killed writers is removed.
 
-    A process that the holder started passes, as it runs on the holder's behalf.
+    A process that the holder started passes, as it runs on the holder's behalf; so do the ranks of one
+    run but the first.
 
     Args:
         folder: The run folder, made if need be.
@@ -134,6 +135,8 @@ def _read(path: Path) -> Holder | None:
 
 
 def _on_behalf(path: Path) -> bool:
+    if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "SLURM_PROCID")):
+        return True
     token, holder = os.environ.get(TOKEN), _read(path)
     return holder is not None and token == holder.token and holder.pid != os.getpid()
 

@@ -1,18 +1,32 @@
-"""Signals that arrive in the middle of a step, and when they are delivered."""
+"""Signals: when they are delivered, and how a process that was asked to stop leaves.
+
+Ctrl-C and SIGTERM (and SIGUSR1, Slurm's warning before a job's time is up) let the step that is running
+finish and be saved. The second one ends the process at once. A process told to terminate is gone within
+``GRACE`` seconds, whatever it is in: the cluster would kill it soon after.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+GRACE = 15.0  # seconds a terminated process has to finish its step and to close its trials and files
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+WARNINGS = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+TERMINATING = [signal.SIGTERM, *WARNINGS]
 
 
 class AtStepEnd:
-    """Hold Ctrl-C and SIGTERM back until a step is finished and saved; the second one passes at once.
+    """Hold signals that ask to stop back until a step is finished and saved; the second one passes at once.
 
     Interrupting inside a step would leave weights and optimizer state of two different steps. Outside
-    the main thread, where Python delivers no signals, nothing is held back.
+    the main thread, where Python delivers no signals, nothing is held back. What is ignored stays ignored,
+    and SIGUSR1 keeps its meaning unless somebody handles it, as the command line does.
     """
 
     def __init__(self) -> None:
@@ -21,8 +35,11 @@ class AtStepEnd:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._hold)
+            for number in (signal.SIGINT, *TERMINATING):
+                former = signal.getsignal(number)
+                ignored = former in (signal.SIG_IGN, None)
+                if not (ignored or (number in WARNINGS and former == signal.SIG_DFL)):
+                    self._former[number] = signal.signal(number, self._hold)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,6 +47,9 @@ class AtStepEnd:
             signal.signal(number, handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
+        leave = self._former[number]
+        if isinstance(leave, Leave):
+            leave.announce(number)
         if self._pending is not None:
             self.release()
         self._pending = number
@@ -48,3 +68,56 @@ class AtStepEnd:
         if self._pending is not None:
             self.__exit__()
             signal.raise_signal(self._pending)
+
+
+class Leave:
+    """The command line's handler: KeyboardInterrupt or SystemExit for the first signal, the end for the next.
+
+    Args:
+        tell: Prints a line.
+        exit_at_once: Ends the process without unwinding; a test replaces it.
+    """
+
+    def __init__(
+        self, tell: Callable[[str], None], exit_at_once: Callable[[int], NoReturn] = os._exit
+    ) -> None:
+        self._tell, self._exit = tell, exit_at_once
+        self._announced, self._delivered = 0, False
+
+    def install(self) -> Self:
+        """Handle the signals of this process; one that is ignored, as under nohup, stays so."""
+        for number in (signal.SIGINT, *TERMINATING):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self)
+        return self
+
+    def announce(self, number: int) -> None:
+        """Say that the step will be finished, and see to it that the process ends; the second time end it."""
+        self._announced += 1
+        if self._announced > 1:
+            self._tell("stopped at once; what was saved before is kept")
+            self._exit(_code(number))
+        self._tell(f"{signal.Signals(number).name}: finishing what is running; once more stops at once")
+        if number in TERMINATING:
+            timer = threading.Timer(GRACE, self._exit, (TERMINATED,))
+            timer.daemon = True
+            timer.start()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if not self._announced or self._delivered:
+            self.announce(number)
+        self._delivered = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(TERMINATED)
+
+
+def tell(text: str) -> None:
+    """Print a line from inside a signal handler, where Python's own streams may be busy."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else TERMINATED

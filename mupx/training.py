@@ -23,7 +23,6 @@ from mupx.distributed.communicator import Communicator
 from mupx.errors import UsageError
 from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
-from mupx.interrupts import AtStepEnd
 from mupx.layers import Layer, Parameter, derive
 from mupx.optim.adapter import Trainable
 from mupx.optim.base import Base
@@ -35,6 +34,7 @@ from mupx.quality import Watch
 from mupx.recipe import Recipe
 from mupx.run_folder import Metrics, Result
 from mupx.shared_folder import SharedFolder
+from mupx.signals import AtStepEnd
 
 DIVERGED_AT = 10.0  # times the untrained loss: no useful run of these losses comes back from there
 SKIPPED_AT = 10  # steps in a row without a finite gradient, though the loss is finite: they will not end
@@ -131,14 +131,24 @@ def train(
     run = Run(experiment, data, describe(experiment, data) if recipe is None else recipe.parameters, parallel)
     if folder is not None:
         folder.restore(run)
-    result = _loop(run, folder, report, reports, progress, evaluate_test)
+    try:
+        result = _loop(run, folder, report, reports, progress, evaluate_test)
+    except (KeyboardInterrupt, SystemExit):
+        # Stopped between two steps, in an evaluation for example; several ranks save together or not at all.
+        if folder is not None and run.whole and not parallel.several:
+            folder.save(run)
+        raise
     if folder is not None:
         folder.finish(run, result)
     return result
 
 
 class Run:
-    """Model, optimizer and data order of one experiment, at one step."""
+    """Model, optimizer and data order of one experiment, at one step.
+
+    Attributes:
+        whole: Whether the run can be continued from here: False inside a step, and after one that broke.
+    """
 
     def __init__(
         self,
@@ -161,7 +171,7 @@ class Run:
         self.steps = total_steps(experiment, len(data.train))
         self.loss = find_loss(config.loss)
         self.layers: list[Layer] = derive(parameters, experiment)
-        self.step = 0
+        self.step, self.whole = 0, True
         self.model, self.optimizer = self._build()
         self.inputs = self.placed(data.train.inputs)
         self.targets = data.train.targets.to(self.device)
@@ -242,6 +252,7 @@ class Run:
             watch: Measures the curvature along the step.
         """
         config = self.experiment.train
+        self.whole = False
         self.model.train()
         self.set_learning_rates()
         if self.step <= 1:
@@ -268,6 +279,7 @@ class Run:
             self.untrained["train"] = total
         self.losses.append(total)
         self.step += 1
+        self.whole = math.isfinite(total)
         return total
 
     def _pass(self, x: Tensor, y: Tensor, share: float) -> float:

@@ -110,6 +110,17 @@ def test_what_the_holder_starts_runs_on_its_behalf_and_leaves_the_lock_alone(tmp
     assert locks.TOKEN not in os.environ
 
 
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+def test_of_the_ranks_of_a_run_the_first_takes_the_lock(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    with held(tmp_path, "train"):
+        assert (tmp_path / LOCK).exists()
+        monkeypatch.setenv(name, "1")
+        with held(tmp_path, "train"):
+            pass
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_of_many_that_find_a_dead_lock_at_once_one_gets_it(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps({**Holder.here("tune").__dict__, "start": "1"}))
     start, got = time.time() + 0.3, []

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
@@ -32,12 +33,13 @@ from mupx.cli import (
     verify,
     worker,
 )
-from mupx.cli._console import relay_log
+from mupx.cli._console import Lossy, plain, relay_log
 from mupx.errors import MupxError, NoResultError, StorageError, UsageError, out_of_memory
+from mupx.files import FULL, disk
+from mupx.signals import INTERRUPTED, TERMINATED, Leave, tell
 
-GRACE = 10  # seconds a terminated process has to close its trials and files
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR}
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, *FULL}
+RESUMABLE = ("tune", "train", "verify")
 
 
 class Door(TyperGroup):
@@ -46,8 +48,9 @@ class Door(TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run a verb; exit with its code, or return it when ``standalone_mode`` is off."""
         relay_log()
-        run = super().main
-        code = exit_code(lambda: run(*args, **{**options, "standalone_mode": False}))
+        run, given = super().main, options.get("args", args[0] if args else None)
+        again = resume_line(sys.argv[1:] if given is None else given)
+        code = exit_code(lambda: run(*args, **{**options, "standalone_mode": False}), again)
         if standalone_mode:
             sys.exit(code)
         return code
@@ -78,19 +81,42 @@ app.command("doctor")(doctor.command)
 
 def main() -> NoReturn:
     """Run the command line of this process."""
-    signal.signal(signal.SIGTERM, _terminate)
+    sys.stderr = cast(TextIO, Lossy(sys.stderr))
+    Leave(tell).install()
     app(prog_name="mupx")
     raise AssertionError("unreachable: the door always exits")
 
 
-def exit_code(run: Callable[[], Any]) -> int:
+def resume_line(arguments: Sequence[str]) -> str:
+    """Return the command that continues what was stopped; ``--fresh`` would start anew, so it is left out.
+
+    >>> resume_line(["train", "my recipe.toml", "--fresh"])
+    "mupx train 'my recipe.toml'"
+    """
+    from mupx.study import redact
+
+    if not arguments or arguments[0] not in RESUMABLE:
+        return ""
+    return shlex.join(["mupx", *(redact(word) for word in arguments if word != "--fresh")])
+
+
+def exit_code(run: Callable[[], Any], again: str = "") -> int:
     """Run a verb and return its exit code; every error becomes one sentence on stderr.
 
     Only what is neither ours nor the user's fault (exit 1) shows a traceback, and the user's own code
     its own.
+
+    Args:
+        run: The verb.
+        again: The command that continues it.
     """
     try:
         code = run()
+        _flush()
+    except SystemExit as leaving:
+        if leaving.code != TERMINATED:
+            raise
+        code = TERMINATED
     except typer.TyperException as error:  # wrong flags; help asked for by leaving everything out
         return _say(_usage(error), error.exit_code)
     except Exception as error:
@@ -101,11 +127,23 @@ def exit_code(run: Callable[[], Any]) -> int:
                 f"{type(error).__name__}: this is a bug in mupx; please report it with the lines above", 1
             )
         if known.details:
-            print(known.details, file=sys.stderr)
+            print(plain(known.details), file=sys.stderr)
         return _say(str(known), known.exit_code)
-    if code == INTERRUPTED:
-        _say("interrupted; what is finished is kept, the same command continues", code)
+    if code in (INTERRUPTED, TERMINATED):
+        how = "interrupted" if code == INTERRUPTED else "terminated"
+        kept = f"; what is finished is kept, the same command continues: {again}" if again else ""
+        print(plain(how + kept), file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _flush() -> None:
+    """Write what is buffered; what a full disk or a closed pipe cannot take is not tried again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            raise StorageError(f"cannot write the result to stdout: {error.strerror}") from None
 
 
 def _usage(error: typer.TyperException) -> str:
@@ -120,7 +158,8 @@ def _understood(error: Exception) -> MupxError | None:
     if isinstance(error, MupxError):
         return error
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return StorageError(f"cannot use {error.filename or 'the disk'}: {error.strerror}")
+        where = f" ({disk(Path(error.filename))})" if error.errno in FULL and error.filename else ""
+        return StorageError(f"cannot use {error.filename or 'the disk'}: {error.strerror}{where}")
     if out_of_memory(error):
         return NoResultError("out of memory; use a smaller batch (train.batch_size), width or model")
     if isinstance(error, UnicodeEncodeError):
@@ -129,15 +168,5 @@ def _understood(error: Exception) -> MupxError | None:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr)
+    print(plain(f"error: {message}"), file=sys.stderr)
     return code
-
-
-def _terminate(*_: Any) -> NoReturn:
-    # SystemExit passes `except Exception` and unwinds every `finally`: trials and files are closed.
-    print("terminated; what is finished is kept, the same command continues", file=sys.stderr)
-    if hasattr(signal, "alarm"):
-        # Code that swallows every exception (a destructor, a C callback) may swallow this one.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(TERMINATED))
-        signal.alarm(GRACE)
-    raise SystemExit(TERMINATED)

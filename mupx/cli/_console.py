@@ -10,11 +10,12 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 SCHEMA = "mupx/1"
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
 NONE = "–"
+# Control characters but for tab and line end, and what turns the direction of writing.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 Advance = Callable[[int, int, str], None]  # (done, total, one line about it)
 
 
@@ -33,19 +36,49 @@ def out() -> Console:
     return Console(file=sys.stdout, width=None if fixed else PIPE_WIDTH, highlight=False)
 
 
+def plain(text: str) -> str:
+    r"""Return a text without what steers a terminal: names may come from somebody else's file.
+
+    >>> plain("tune\x1b[2J\nverify")
+    'tune\\x1b[2J\nverify'
+    """
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class Lossy:
+    """A stream that loses what a full disk cannot take: a log is no reason to end a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or do not."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do not."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def say(text: str = "") -> None:
     """Print a line of the result; long lines are never broken, so they can be copied."""
-    print(text, file=sys.stdout)
+    print(plain(text), file=sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print a warning."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(plain(f"warning: {text}"), file=sys.stderr)
 
 
 def note(text: str) -> None:
     """Print a remark that is no warning."""
-    print(f"note: {text}", file=sys.stderr)
+    print(plain(f"note: {text}"), file=sys.stderr)
 
 
 class _Notes(logging.Handler):
@@ -129,7 +162,8 @@ def print_table(
         max(map(len, [*head.split("\n"), *cells])) for head, *cells in zip(heads, *rows, strict=True)
     )
     gap = 1 if natural + 2 * len(heads) - 2 <= console.width else 0  # one more than the divider's space
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD)
+    table.show_edge = table.pad_edge = False
     table.padding = (0, gap, 0, 0)
     for index, head in enumerate(heads):
         table.add_column(
@@ -140,7 +174,7 @@ def print_table(
             vertical="bottom",
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     console.print(table)
     say()
 
@@ -176,7 +210,7 @@ def _bar(unit: str) -> Iterator[Advance]:
         task = bar.add_task("", total=None)
 
         def advance(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
+            bar.update(task, completed=done, total=total, description=plain(text))
 
         yield advance
 
@@ -189,6 +223,6 @@ def _lines(unit: str, lines: int | None) -> Advance:
         part = done if lines is None else done * lines // max(total, 1)
         if lines is None or part > last:
             last = part
-            print(f"{done}/{total} {unit}  {text}", file=sys.stderr, flush=True)
+            print(plain(f"{done}/{total} {unit}  {text}"), file=sys.stderr, flush=True)
 
     return advance

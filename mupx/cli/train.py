@@ -6,6 +6,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from mupx.cli._ranks import as_job, joined, several, start
 from mupx.cli._slurm import Emit, Slurm, SlurmOption, wants_slurm
 from mupx.config import Experiment
 from mupx.errors import NoResultError, UsageError
+from mupx.locks import held
 from mupx.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ LAUNCHER = ("nproc", "max_restarts", "fresh")  # flags that are for the process 
 JOB = ("slurm", "emit", "slurm_option", "json")
 SHOWN = 3  # parameters with repaired factors that the summary names
 LINES = 10  # progress lines without a terminal
+RESULT = "result.json"  # of a finished run, which may lie where nobody can write
 
 
 def command(
@@ -106,10 +109,11 @@ def command(
         return
     if max_restarts or (fsdp and not several()):
         raise UsageError("--fsdp and --max-restarts are for several processes; give --nproc 2 or more")
-    with joined(experiment.train.device) as ranks:
+    with joined(experiment.train.device) as ranks, ExitStack() as stack:
+        ranks.first(lambda: _hold(stack, folder, fresh))
         overrides = [*_overrides(source.experiment, experiment), *_edited(source, experiment)]
         recipe_now = replace(source, experiment=experiment)
-        result = _train(recipe_now, overrides, folder, fresh, ranks, fsdp)
+        result = _train(recipe_now, overrides, folder, ranks, fsdp)
         if json:
             print_json(_document(folder, result))
         else:
@@ -156,13 +160,10 @@ def _edited(recipe: Recipe, experiment: Experiment) -> list[str]:
     return lines
 
 
-def _train(
-    recipe: Recipe, overrides: list[str], folder: Path, fresh: bool, ranks: Communicator, fsdp: bool
-) -> Result:
+def _train(recipe: Recipe, overrides: list[str], folder: Path, ranks: Communicator, fsdp: bool) -> Result:
     from mupx import parts, training
     from mupx.parametrization import resolved
 
-    ranks.first(lambda: _set_aside_if(fresh, folder))
     recipe = replace(recipe, experiment=resolved(recipe.experiment))
     data = parts.load_data(recipe.experiment)
     if any(line.startswith(REDESCRIBED) for line in overrides):
@@ -179,6 +180,13 @@ def _train(
             ranks=ranks,
             fsdp=fsdp,
         )
+
+
+def _hold(stack: ExitStack, folder: Path, fresh: bool) -> None:
+    """Move an old run aside where that is asked for, and keep others out of one that is not finished."""
+    _set_aside_if(fresh, folder)
+    if not (folder / RESULT).exists():
+        stack.enter_context(held(folder, "train"))
 
 
 def _set_aside_if(fresh: bool, folder: Path) -> None:

@@ -13,6 +13,7 @@ from mupx.cli._console import note, number, parameters, print_json, progress, sa
 from mupx.cli._elsewhere import for_workers_elsewhere, print_made
 from mupx.cli._slurm import Emit, Slurm, SlurmOption, wants_slurm
 from mupx.cli._sources import choice_json
+from mupx.locks import held
 
 if TYPE_CHECKING:
     from mupx.search import Edge, SearchResult, TrialInfo
@@ -107,6 +108,7 @@ def command(
 
     from mupx.parametrization import resolved
     from mupx.search import tune
+    from mupx.search.loop import set_aside
 
     jobs = wants_slurm(slurm, emit, slurm_option)
     if jobs or experiment.search.workers == 0:
@@ -123,9 +125,17 @@ def command(
         def again(done: int, wanted: int, trial: int, value: float) -> None:
             advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
 
-        result = tune(
-            resolved(experiment), run_dir=folder, fresh=fresh, progress=report, confirmed=again, remark=note
-        )
+        if fresh:
+            set_aside(folder)
+        with held(folder, "tune"):
+            result = tune(
+                resolved(experiment),
+                run_dir=folder,
+                fresh=fresh,
+                progress=report,
+                confirmed=again,
+                remark=note,
+            )
     if result.edges:
         _warn_of_edges(context, result.edges)
     if json:

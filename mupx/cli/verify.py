@@ -14,6 +14,7 @@ from mupx.cli import _options as o
 from mupx.cli._console import note, print_json, print_table, progress, say, warn
 from mupx.config import Experiment
 from mupx.errors import CheckFailedError, StorageError, UsageError
+from mupx.locks import held
 
 if TYPE_CHECKING:
     from mupx.checks.result import Report, Sweep
@@ -91,7 +92,7 @@ def command(
 
     if fresh:
         set_aside(folder)
-    with progress("runs", LINES) as advance:
+    with held(folder, "verify"), progress("runs", LINES) as advance:
         report = verify(
             experiment,
             widths=wanted,

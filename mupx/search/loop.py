@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mupx.config import Experiment, Hyperparameters
 from mupx.errors import NotFoundError, StorageError, UsageError
 from mupx.leases import LEASE, Leases, alive
+from mupx.locks import LOCK, refuse_held
 from mupx.search import choice, confirmation, devices, preparing, sampling, slots
 from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign
@@ -220,8 +221,9 @@ def with_space(experiment: Experiment) -> Experiment:
 
 def set_aside(run_dir: Path) -> Path | None:
     """Rename a run folder to the first free ``<name>.old-N`` and return where it went."""
-    if not run_dir.exists():
+    if not run_dir.exists() or (run_dir.is_dir() and {p.name for p in run_dir.iterdir()} <= {LOCK}):
         return None
+    refuse_held(run_dir)
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
         number += 1

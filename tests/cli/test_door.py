@@ -59,10 +59,14 @@ def test_ctrl_c_is_130_and_says_what_is_kept(run, monkeypatch):
     def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mupx.cli.rules.find_rule", interrupt)
-    ended = run("rules", "kfac")
+    monkeypatch.setattr("mupx.cli.status.is_run", interrupt)
+    monkeypatch.setattr("mupx.cli.train.recipes.read", interrupt)
+    ended = run("train", "wide.toml", "--fresh")
     assert ended.code == 130
-    assert "same command continues" in ended.err
+    assert ended.err.endswith("what is finished is kept, the same command continues: mupx train wide.toml\n")
+    ended = run("status", "run")
+    assert ended.code == 130
+    assert ended.err == "interrupted\n"
     assert "Traceback" not in ended.err
 
 
