@@ -1,13 +1,16 @@
 """Checkpoints: one safetensors file per step, tensors as tensors and everything else as JSON.
 
 A file is written to a temporary name, synced and renamed, so the one before it survives a crash at any
-moment. Nothing is pickled: reading a checkpoint cannot run code.
+moment; a checksum tells a file that the disk has changed since. Nothing is pickled: reading a checkpoint
+cannot run code.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +23,14 @@ from torch import Tensor
 
 from mupx.errors import MismatchError
 from mupx.files import write_atomically
+from mupx.schema import SCHEMA, migrated, versions
 
-SCHEMA = "mupx/1"
+LOG = logging.getLogger("mupx")
 PATTERN = re.compile(r"step-(\d{9})\.safetensors")
+
+
+class DamagedError(MismatchError):
+    """A file is no whole checkpoint: torn, changed on the disk, or never one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,14 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """
     path = folder / f"step-{checkpoint.step:09d}.safetensors"
     tensors, orders = _packed(checkpoint.tensors)
-    header = {"schema": SCHEMA, "step": checkpoint.step, "values": checkpoint.values, "orders": orders}
+    header = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "step": checkpoint.step,
+        "values": checkpoint.values,
+        "orders": orders,
+    }
+    header["crc32"] = _checksum(header, tensors)
     write_atomically(path, save(tensors, metadata={"mupx": json.dumps(header)}))
     for old in _files(folder)[:-keep]:
         old.unlink()
@@ -50,31 +65,52 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a folder, or None if there is none.
+    """Return the newest whole checkpoint of a folder, or None if there is none.
+
+    A damaged one is set aside, as ``NAME.damaged``, when one before it is whole.
 
     Raises:
-        MismatchError: The newest file is damaged or was written by a newer mupx; it is left in place.
+        MismatchError: All are damaged, or the newest was written by a newer mupx; they are left in place.
     """
-    files = _files(folder)
-    return read(files[-1]) if files else None
+    damaged: list[tuple[Path, DamagedError]] = []
+    for path in reversed(_files(folder)):
+        try:
+            found = read(path)
+        except DamagedError as error:
+            damaged.append((path, error))
+            continue
+        for bad, reason in damaged:
+            LOG.warning("%s; continuing from the one before it, step %d", reason, found.step)
+            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+        return found
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
 def read(path: Path) -> Checkpoint:
-    """Read one checkpoint file."""
+    """Read one checkpoint file.
+
+    Raises:
+        DamagedError: It is no whole checkpoint.
+        MismatchError: It was written by a newer mupx.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mupx", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, ValueError) as error:
-        raise MismatchError(
-            f"checkpoint {path} is damaged ({error}); move it aside to continue from the one before it"
-        ) from None
-    if header.get("schema") != SCHEMA:
-        raise MismatchError(
-            f"checkpoint {path} has schema {header.get('schema')!r}, this mupx reads {SCHEMA!r}"
-        )
-    tensors = _unpacked(tensors, header.get("orders", {}))
-    return Checkpoint(int(header["step"]), tensors, header["values"])
+        stated, header = header, migrated("checkpoint", header, f"checkpoint {path}")
+        if "crc32" in stated and stated["crc32"] != _checksum(stated, tensors):
+            raise ValueError("its checksum is wrong")
+        return Checkpoint(int(header["step"]), _unpacked(tensors, header["orders"]), dict(header["values"]))
+    except MismatchError:
+        raise
+    except (
+        *(OSError, SafetensorError, RecursionError),  # not readable
+        *(ValueError, TypeError, LookupError, AttributeError, RuntimeError),  # readable, but no checkpoint
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedError(f"checkpoint {path} is damaged ({reason})") from None
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -135,6 +171,18 @@ def _packed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 def _unpacked(tensors: dict[str, Tensor], orders: Mapping[str, list[int]]) -> dict[str, Tensor]:
     back = {name: [order.index(axis) for axis in range(len(order))] for name, order in orders.items()}
     return {name: t.permute(back[name]) if name in back else t for name, t in tensors.items()}
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the rest of the header, and of all names, types, shapes and values."""
+    text = json.dumps({key: value for key, value in header.items() if key != "crc32"}, sort_keys=True)
+    checksum = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        checksum = zlib.crc32(repr((name, tensor.dtype, tuple(tensor.shape))).encode(), checksum)
+        values = tensor.contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(values.numpy().data, checksum)
+    return checksum
 
 
 def _files(folder: Path) -> list[Path]:

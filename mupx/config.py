@@ -278,6 +278,7 @@ class TrainConfig(_Section):
     device: str = "auto"
     threads: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
+    keep_latest: PositiveInt = 2
     eval_every: PositiveInt | None = None
     curvature_every: PositiveInt | None = None
 
@@ -425,7 +426,7 @@ class Experiment(_Section):
         """
         document = self.model_dump(mode="json")
         document["data"].pop("dir")
-        for key in ("device", "threads", "checkpoint_every"):
+        for key in ("device", "threads", "checkpoint_every", "keep_latest"):
             document["train"].pop(key)
         for key in ("trials", "storage", "confirm", "population", "workers", "grace", "patience"):
             document["search"].pop(key)

@@ -20,11 +20,11 @@ from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.files import write_atomically
 from mupx.groups import Group, make_groups
 from mupx.layers import Layer, Parameter, derive, parse_role
+from mupx.schema import SCHEMA, migrated
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA = "mupx/1"
 TOLERANCE = 1e-12
 HEADER = "# A mupx recipe. [experiment] holds base-width values; [[layers]] is derived from them.\n\n"
 
@@ -115,11 +115,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 
 def from_dict(document: Mapping[str, Any], origin: str) -> Recipe:
     """Build a recipe from its document and check it; ``origin`` names it in errors."""
-    if document.get("schema") != SCHEMA:
-        raise MismatchError(
-            f"{origin} has schema {document.get('schema')!r}, this mupx reads {SCHEMA!r}; "
-            "a file without a schema is no recipe, a newer one needs a newer mupx"
-        )
+    document = migrated("recipe", document, origin)
     try:
         experiment = config.parse(document["experiment"])
         parameters = tuple(_parameter(entry) for entry in document["parameters"])

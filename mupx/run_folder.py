@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from mupx import checkpoint
 from mupx.config import Experiment, refuse_difference
-from mupx.errors import MismatchError
+from mupx.errors import MismatchError, out_of_memory
 from mupx.files import append, read_json, write_atomically
+from mupx.schema import SCHEMA, migrated, versions
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class RunFolder:
     """A run on disk: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``."""
 
     def __init__(self, path: Path, experiment: Experiment, checksum: str, evaluate_test: bool) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+        self.path, self.checkpoints, self._keep = path, path / "checkpoints", experiment.train.keep_latest
         self._metrics: list[str] = []
         identity = {**experiment.identity(search=False), "data_checksum": checksum}
-        document = {"schema": checkpoint.SCHEMA, "identity": identity, "evaluate_test": evaluate_test}
+        document = {
+            "schema": SCHEMA,
+            "versions": versions(),
+            "identity": identity,
+            "evaluate_test": evaluate_test,
+        }
         if (path / "run.json").exists():
-            stored = self._read("run.json")["identity"]
+            stored = migrated("run", self._read("run.json"), str(path / "run.json")).get("identity", {})
             refuse_difference(f"the run in {path}", stored, identity, "use another --run-dir, or --fresh")
         else:
             self._write("run.json", document)
@@ -83,15 +89,33 @@ class RunFolder:
         if not (self.path / "result.json").exists():
             return None
         document = self._read("result.json")
-        for split in ("validation", "test"):
-            document[split] = None if document[split] is None else Metrics(**document[split])
-        return Result(**document)
+        try:
+            for split in ("validation", "test"):
+                document[split] = None if document[split] is None else Metrics(**document[split])
+            return Result(**document)
+        except (KeyError, TypeError) as error:
+            raise MismatchError(
+                f"{self.path / 'result.json'} is no result of this mupx ({error}); train again with --fresh"
+            ) from None
 
     def restore(self, run: Continuable) -> None:
-        """Continue from the newest checkpoint and drop metrics written after it."""
+        """Continue from the newest whole checkpoint and drop metrics written after it.
+
+        Raises:
+            MismatchError: No checkpoint is whole, or the newest is not one of this run.
+        """
         saved = checkpoint.latest(self.checkpoints)
         if saved is not None:
-            run.restore(saved)
+            try:
+                run.restore(saved)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise MismatchError(
+                    f"the checkpoint of step {saved.step} in {self.checkpoints} is not one of this run "
+                    f"({reason}); use another --run-dir, or --fresh"
+                ) from None
         self._keep_metrics_until(run.step)
 
     def record(self, run: Continuable, **values: Any) -> None:
@@ -108,7 +132,7 @@ class RunFolder:
         """Write the queued metrics, then a checkpoint."""
         append(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in self._metrics).encode())
         self._metrics.clear()
-        checkpoint.write(self.checkpoints, run.snapshot())
+        checkpoint.write(self.checkpoints, run.snapshot(), self._keep)
 
     def finish(self, run: Continuable, result: Result) -> None:
         """Write what is queued, the last checkpoint and the result."""
@@ -122,10 +146,10 @@ class RunFolder:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                entry = json.loads(line)
-            except ValueError:
+                written = json.loads(line)["step"]
+            except (ValueError, RecursionError, LookupError, TypeError):
                 continue  # the torn last line of a killed run
-            if entry["step"] <= step:
+            if isinstance(written, int) and written <= step:
                 kept.append(f"{line}\n")
         write_atomically(path, "".join(kept).encode())
 

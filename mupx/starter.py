@@ -132,6 +132,7 @@ MEANINGS: Mapping[str, str] = {
     "train.device": "auto takes CUDA, then MPS, then the CPU.",
     "train.threads": "CPU threads; torch decides when left out.",
     "train.checkpoint_every": "Steps between checkpoints; ten a run when left out.",
+    "train.keep_latest": "Checkpoints kept, the newest; more are deleted.",
     "train.curvature_every": "Steps between measurements of the curvature's quality; none when left out.",
     "train.eval_every": "Steps between evaluations; only at the end when left out.",
     "scaling.parametrization": "The width rule.",

@@ -85,3 +85,48 @@ def test_optimizer_state_survives_the_split_into_tensors_and_json():
     assert torch.equal(back["state"][0]["m"], torch.ones(2))
     assert back["param_groups"][0]["lr"] == torch.tensor(0.1)
     assert back["param_groups"][0]["betas"] == [0.9, 0.99]
+
+
+def damage(path, where):
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", [-1, -20, 9, 60])
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path, where):
+    path = checkpoint.write(tmp_path, sample())
+    damage(path, where)
+    with pytest.raises(MismatchError, match=r"damaged|schema"):
+        checkpoint.read(path)
+
+
+def test_a_damaged_file_is_set_aside_for_the_one_before_it_and_that_is_said(tmp_path, caplog):
+    for step in (5, 10, 15):
+        checkpoint.write(tmp_path, sample(step), keep=3)
+    damage(tmp_path / "step-000000015.safetensors", -1)
+    (tmp_path / "step-000000010.safetensors").write_bytes(b"")
+    with caplog.at_level("WARNING", "mupx"):
+        assert checkpoint.latest(tmp_path).step == 5
+    assert caplog.text.count("continuing from the one before it, step 5") == 2
+    assert "step-000000015.safetensors" in caplog.text
+    checkpoint.write(tmp_path, sample(6), keep=1)  # the damaged ones do not count as the newest
+    assert checkpoint.latest(tmp_path).step == 6
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".damaged", ".damaged", ".safetensors"]
+
+
+def test_a_checkpoint_of_a_newer_mupx_is_refused_and_not_skipped(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, sample(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SCHEMA", "mupx/99")
+        checkpoint.write(tmp_path, sample(10))
+    with pytest.raises(MismatchError, match="mupx/99"):
+        checkpoint.latest(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.complex64, torch.int8])
+def test_the_checksum_takes_every_type_and_shape(tmp_path, dtype):
+    tensors = {"a": torch.ones(3, 2).to(dtype), "empty": torch.ones(0, 4).to(dtype), "": torch.tensor(1.0)}
+    path = checkpoint.write(tmp_path, Checkpoint(1, tensors, {}))
+    assert torch.equal(checkpoint.read(path).tensors["a"], tensors["a"])

@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mupx.schema import SCHEMA
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = "mupx/1"
 PIPE_WIDTH = 120  # columns where there is no terminal to ask
 NONE = "–"
 # Control characters but for tab and line end, and what turns the direction of writing.

@@ -111,6 +111,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "epochs": ("train.epochs",),
     "steps": ("train.steps",),
     "curvature_every": ("train.curvature_every",),
+    "keep_latest": ("train.keep_latest",),
     "threads": ("train.threads",),
     "device": ("train.device",),
     "trials": ("search.trials",),

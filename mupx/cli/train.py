@@ -44,7 +44,7 @@ NOT_TRANSFERRED = (
 )
 # The recipe's shapes no longer hold.
 REDESCRIBED = ("model.", "data.name", "data.args", "source.", "roles", "scaling.base_width", "depth.")
-STATED = ("data_dir", "refresh", "curvature_every", "device", "threads", "seed")
+STATED = ("data_dir", "refresh", "curvature_every", "keep_latest", "device", "threads", "seed")
 LAUNCHER = ("nproc", "max_restarts", "fresh")  # flags that are for the process that starts the others
 JOB = ("slurm", "emit", "slurm_option", "json")
 SHOWN = 3  # parameters with repaired factors that the summary names
@@ -62,6 +62,9 @@ def command(
     refresh: o.Refresh = None,
     curvature_every: Annotated[
         int | None, o.whole("--curvature-every", o.WHERE, "Steps between measurements of the curvature.")
+    ] = None,
+    keep_latest: Annotated[
+        int | None, o.whole("--keep-latest", o.WHERE, "Checkpoints to keep, the newest; 2 when left out.")
     ] = None,
     run_dir: o.RunDir = None,
     device: o.Device = None,
