@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mupx.config import refuse_difference
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
 from mupx.files import read_json, write_atomically
+from mupx.schema import SCHEMA, migrated
 from mupx.storage import close, connect, file_url, names, redact, storage_errors
 from mupx.turns import turn
 
@@ -152,6 +153,7 @@ def open_study(
             close(storage)
             raise NotFoundError(message) from None
         weakref.finalize(study, close, storage)
+        _migrate(study, redact(url))
         if identity is not None:
             with turn(study):
                 _claim(study, identity)
@@ -178,6 +180,15 @@ def finished(study: Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
+def _migrate(study: Study, shown: str) -> None:
+    """Bring a study to today's schema; those that were made before they carried one have the first."""
+    stored = study.user_attrs
+    today = migrated("study", {"schema": "mupx/1", **stored}, f"study {study.study_name!r} in {shown}")
+    for key, value in today.items():
+        if stored.get(key) != value and stored:
+            study.set_user_attr(key, value)
+
+
 def _claim(study: Study, identity: Mapping[str, Any]) -> None:
     """Store the identity in a new study; compare it with the stored one in an old study."""
     document = json.loads(json.dumps(identity))
@@ -195,6 +206,7 @@ def _claim(study: Study, identity: Mapping[str, Any]) -> None:
             f"study {study.study_name!r} has trials that mupx did not make; give another study name"
         )
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+    study.set_user_attr("schema", SCHEMA)
     study.set_user_attr("space_hash", digest)
     study.set_user_attr("identity", document)
 

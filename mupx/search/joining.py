@@ -9,6 +9,7 @@ from mupx import config
 from mupx.config import Experiment, refuse_difference
 from mupx.errors import MismatchError, UsageError
 from mupx.leases import Leases
+from mupx.schema import versions
 from mupx.search import preparing, slots
 from mupx.search.worker import Progress, Search
 from mupx.storage import redact, require_shared, storage_errors
@@ -93,11 +94,11 @@ def join(
 
 
 def _require_same_mupx(study: Study, stored: Mapping[str, str]) -> None:
-    here = {"mupx": preparing.versions()["mupx"]}
+    here = {"mupx": versions()["mupx"]}
     refuse_difference(f"study {study.study_name!r}", {"mupx": stored.get("mupx")}, here, ADVICE)
 
 
 def _remark_versions(stored: Mapping[str, str], remark: Callable[[str], None] | None) -> None:
-    others = config.differences(stored, preparing.versions())
+    others = config.differences(stored, versions())
     if others and remark is not None:
         remark(f"this worker differs from the study's maker ({'; '.join(others)}): its numbers may, too")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
 
 from mupx.config import Experiment, refuse_difference
+from mupx.schema import versions
 from mupx.search import sampling
 from mupx.search.batch import BatchEvaluation
 from mupx.search.objective import Evaluation, Proxy, without_test
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from optuna import Study
 
     from mupx.datasets.base import Dataset
-
-PACKAGES = ("mupx", "torch", "optuna")
 
 
 def proxy(experiment: Experiment, data: Dataset | None) -> tuple[Proxy, dict[str, Any], BasePruner]:
@@ -59,7 +57,8 @@ def describe(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> 
     document = experiment.model_dump(mode="json")
     if experiment.search.storage is not None:
         document["search"]["storage"] = redact(experiment.search.storage)
-    defaults = {**facts, "versions": versions(), "mupx": versions()["mupx"]}
+    made = versions()
+    defaults = {**facts, "versions": made, "mupx": made["mupx"]}
     for key, value in {
         **{k: v for k, v in defaults.items() if k not in stored},
         "experiment": document,
@@ -82,15 +81,3 @@ def require_same_data(study: Study, facts: Mapping[str, Any]) -> None:
             {"data.checksum": facts["data_checksum"]},
             "restore the data, or give --fresh to start anew",
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the installed versions of what a trial's numbers depend on."""
-    return {package: _version(package) for package in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"

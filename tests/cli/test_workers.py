@@ -19,7 +19,7 @@ import pytest
 from mupx import slurm
 from mupx.cli import status
 from mupx.leases import LEASE, Leases
-from mupx.search import preparing
+from mupx.schema import versions
 from mupx.study import default_url, open_study
 
 from .conftest import TUNE
@@ -68,8 +68,8 @@ def test_the_storage_may_come_from_the_environment(run, monkeypatch):
 
 def test_another_version_of_mupx_is_exit_4_with_the_difference(run, monkeypatch):
     run(*MAKE, "--workers", 0)
-    here = preparing.versions()
-    monkeypatch.setattr(preparing, "versions", lambda: {**here, "mupx": "9.9"})
+    here = versions()
+    monkeypatch.setattr("mupx.search.joining.versions", lambda: {**here, "mupx": "9.9"})
     ended = run("worker", "--storage", URL, "--study", "run")
     assert ended.code == 4
     assert f"mupx: '{here['mupx']}' → '9.9'" in ended.message

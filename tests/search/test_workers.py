@@ -22,7 +22,8 @@ from benchmarks.reliability import workers as rounds
 from mupx import mounts, storage
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
 from mupx.leases import Leases
-from mupx.search import join, loop, make, opened, preparing, slots, worker
+from mupx.schema import versions
+from mupx.search import join, loop, make, opened, slots, worker
 from mupx.storage import JOURNAL
 from mupx.study import default_url, open_study
 from mupx.turns import turn
@@ -267,16 +268,16 @@ def test_a_worker_for_a_finished_study_has_nothing_to_do(training, tmp_path, mon
 
 def test_a_worker_of_another_mupx_is_refused(training, tmp_path, monkeypatch):
     made = make(synthetic.experiment(), run_dir=tmp_path / "a")
-    here = preparing.versions()
-    monkeypatch.setattr(preparing, "versions", lambda: {**here, "mupx": "9.9"})
+    here = versions()
+    monkeypatch.setattr("mupx.search.joining.versions", lambda: {**here, "mupx": "9.9"})
     with pytest.raises(MismatchError, match=rf"mupx: '{here['mupx']}' → '9\.9'.*workers of one study"):
         opened(made.url, made.study)
 
 
 def test_another_torch_is_only_remarked(training, tmp_path, monkeypatch):
     made = make(synthetic.experiment(**{"search.trials": 1}), run_dir=tmp_path / "a")
-    here = preparing.versions()
-    monkeypatch.setattr(preparing, "versions", lambda: {**here, "torch": "9.9"})
+    here = versions()
+    monkeypatch.setattr("mupx.search.joining.versions", lambda: {**here, "torch": "9.9"})
     said: list[str] = []
     join(*opened(made.url, made.study), made.url, remark=said.append)
     assert "torch: " in said[0]
