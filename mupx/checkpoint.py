@@ -98,7 +98,9 @@ def read(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mupx", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # A tensor in the file begins anywhere; decompositions of memory aligned otherwise than torch's
+            # own round differently.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         stated, header = header, migrated("checkpoint", header, f"checkpoint {path}")
         if "crc32" in stated and stated["crc32"] != _checksum(stated, tensors):
             raise ValueError("its checksum is wrong")
