@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks" / "reliability")
 sys.path.insert(0, BENCHMARKS)
-commands = import_module("commands")
+commands, kills, disks = (import_module(name) for name in ("commands", "kills", "disks"))
 sys.path.remove(BENCHMARKS)
 
 RECIPE = ["transfer", "--model", "mlp", "--optimizer", "kfac", "--base-width", "8", "--width", "16"]
