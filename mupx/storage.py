@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mupx import mounts, turns
 from mupx.errors import NotFoundError, StorageError, UsageError
+from mupx.files import disk
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -159,7 +160,8 @@ def storage_errors(url: str) -> Iterator[None]:
         ) from None
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
         raise StorageError(
-            f"storage {shown} does not work ({first_line(error)}); {_advice(url)}, or give another --storage"
+            f"storage {shown} does not work ({_reason(url, error)}); "
+            f"{_advice(url)}, or give another --storage"
         ) from None
 
 
@@ -190,6 +192,12 @@ def patiently(call: Callable[[], T], url: str, patience: float, away: Callable[[
                 away()
             pause = next(pauses, pause)
             time.sleep(min(pause, max(patience - (time.monotonic() - began), 0.0)))
+
+
+def _reason(url: str, error: BaseException) -> str:
+    reason = first_line(error)
+    full = "disk is full" in reason and url.startswith("sqlite:///")
+    return f"{reason}: {disk(Path(url.removeprefix('sqlite:///')))}" if full else reason
 
 
 def first_line(error: BaseException) -> str:
