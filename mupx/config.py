@@ -88,12 +88,14 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which data set, and the folder that holds it (None: the usual places, then a download).
 
-    ``args`` are further arguments of the loader, such as a context length.
+    ``args`` are further arguments of the loader, such as a context length; ``timeout`` is how many seconds
+    it may take.
     """
 
     name: str = "fashion-mnist-14"
     dir: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
+    timeout: Positive = 3600.0
 
 
 RuleEntry = Annotated[
@@ -425,7 +427,8 @@ class Experiment(_Section):
         Of code of the user's own its content is part, under ``source``.
         """
         document = self.model_dump(mode="json")
-        document["data"].pop("dir")
+        for key in ("dir", "timeout"):
+            document["data"].pop(key)
         for key in ("device", "threads", "checkpoint_every", "keep_latest"):
             document["train"].pop(key)
         for key in ("trials", "storage", "confirm", "population", "workers", "grace", "patience"):

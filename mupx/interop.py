@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.files import MOST_TEXT, read_bounded
 from mupx.layers import Parameter
 
 BaseShape = tuple[int | None, ...]
@@ -45,7 +46,7 @@ def read_base_shapes(path: os.PathLike[str]) -> dict[str, BaseShape]:
 
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_bounded(path, MOST_TEXT).decode())
     except OSError as error:
         raise NotFoundError(f"cannot read base shapes {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from mupx.config import Experiment
 from mupx.datasets import DATASETS
 from mupx.datasets.base import Dataset
 from mupx.datasets.given import dataset_from
+from mupx.deadlines import deadline
 from mupx.depth import Source, completed, depth_arguments, describe_at_depth
 from mupx.elsewhere import RULES_OF
 from mupx.errors import UsageError
@@ -42,16 +43,27 @@ def load_data(experiment: Experiment) -> Dataset:
     Raises:
         UsageError: The user's own loader raised, or returned what is no data, or targets that the loss
             cannot take.
+        StorageError: Loading took longer than ``data.timeout``.
     """
+    name, limit = experiment.data.name, experiment.data.timeout
+    late = (
+        f"data {name} were not there after {limit:g} s: its loader hangs, or waits for a disk or a network; "
+        "look at it, or allow more with data.timeout (seconds)"
+    )
+    with deadline(limit, late):
+        data = _loaded(experiment)
+    require_targets(data, experiment.train.loss)
+    return data
+
+
+def _loaded(experiment: Experiment) -> Dataset:
     name, args = experiment.data.name, experiment.data.args
     folder = None if experiment.data.dir is None else Path(experiment.data.dir).expanduser()
     if is_reference(name):
-        data = dataset_from(name, _own_data(name, folder, args))
-    else:
-        loader = DATASETS.load(name)
-        refuse_unknown(f"data set {name}", args, signature(loader), offered=("directory",))
-        data = loader(folder, **args)
-    require_targets(data, experiment.train.loss)
+        return dataset_from(name, _own_data(name, folder, args))
+    loader = DATASETS.load(name)
+    refuse_unknown(f"data set {name}", args, signature(loader), offered=("directory",))
+    data: Dataset = loader(folder, **args)
     return data
 
 

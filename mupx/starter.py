@@ -72,6 +72,7 @@ MEANINGS: Mapping[str, str] = {
     "model.args": "Further arguments of the factory.",
     "data.name": "Your own, as file.py:function, or a built-in data set.",
     "data.dir": "Folder that holds the data set's files.",
+    "data.timeout": "Seconds that loading the data may take.",
     "data.args": "Further arguments of the loader.",
     "optimizer.rule": "Width rule of an optimizer of your own: one of mupx rules.",
     "optimizer.args": "Further arguments of the optimizer.",

@@ -25,6 +25,7 @@ LEVELS = {
     "mupx.mounts": 0,
     "mupx.processes": 0,
     "mupx.locks": 0,
+    "mupx.deadlines": 0,
     "mupx.schema": 0,
     "mupx.signals": 0,
     "mupx.refresh": 0,

@@ -14,6 +14,8 @@ from mupx.errors import MismatchError, NotFoundError, StorageError
 
 SYSTEM_FOLDER = Path("/usr/share/datasets")  # Debian's packages dataset-* put theirs here
 REPLACE = "replace it with the official file, or delete it and let mupx download its own"
+MOST = 1 << 30  # bytes of a file; the largest official one has a fifth of that
+XZ_MEMORY = 1 << 28  # what a packed file may make its unpacker take; the strongest preset takes a quarter
 GZIP = 31  # zlib's window bits for "gzip header and trailer, 32 KiB window"
 
 
@@ -71,7 +73,9 @@ def read_unpacked(path: Path, most: int) -> bytes:
     """
     content = read(path)
     if path.suffix in (".xz", ".gz"):
-        stream: Any = lzma.LZMADecompressor() if path.suffix == ".xz" else zlib.decompressobj(GZIP)
+        stream: Any = (
+            lzma.LZMADecompressor(memlimit=XZ_MEMORY) if path.suffix == ".xz" else zlib.decompressobj(GZIP)
+        )
         try:
             content = stream.decompress(content, most + 1)
         except (lzma.LZMAError, zlib.error, EOFError) as error:
@@ -95,14 +99,19 @@ def absent(folder: Path, packed: Iterable[str]) -> list[str]:
     return [name for name in packed if find_packed(folder, name) is None]
 
 
-def read(path: Path) -> bytes:
-    """Read a whole file.
+def read(path: Path, most: int = MOST) -> bytes:
+    """Read a whole file of at most ``most`` bytes; a larger one is not read at all.
 
     Raises:
         StorageError: The system refused.
+        MismatchError: It is larger.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise MismatchError(f"{path} holds {size:,} bytes, allowed are {most:,}; {REPLACE}")
+            return file.read(most + 1)
     except OSError as error:
         raise StorageError(
             f"cannot read {path}: {error.strerror}; check its permissions and the disk"
