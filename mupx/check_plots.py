@@ -16,7 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, NullLocator
 
 from mupx.checks.result import Sweep
 from mupx.checks.rows import Row
-from mupx.plots import COLUMN, styled_figure
+from mupx.plots import COLUMN, literal, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def _power_laws(axes: Axes, rows: Sequence[Row]) -> None:
         means = [_geometric([v for w, _, v in row.series if w == width]) for width in widths]
         style = "-" if row.status != "fail" else "--"
         # matplotlib leaves labels with a leading underscore out of the legend.
-        label = f"{row.name} ({row.slope:+.2f})".lstrip("_")
+        label = f"{literal(row.name)} ({row.slope:+.2f})".lstrip("_")
         axes.plot(widths, means, style, color=colour, marker=marker, markersize=3, label=label)
         axes.scatter(
             [w for w, _, _ in row.series], [v for _, _, v in row.series], s=4, color=colour, alpha=0.4

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -46,6 +47,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 LOSSES = ("cross_entropy", "squared_error")
 SOURCE = "source"
+DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')\s*+\.\s*+){100}""")
 # What stands in for the fields' own defaults under an optimizer whose authors recommend something else; the
 # same as in its constructor.
 OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -475,7 +477,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: It is not TOML; the message has line and column.
     """
     try:
-        return tomllib.loads(read_bounded(path, MOST_TEXT).decode())
+        text = read_bounded(path, MOST_TEXT, waiting=True).decode()
+        if DEEP.search(text):  # the parser's time grows as the square of a key's parts
+            raise ValueError("a key in it has a hundred parts")
+        return tomllib.loads(text)
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -522,7 +527,7 @@ def parse_value(text: str) -> Any:
     """Read one TOML value; anything that is not TOML is a plain string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

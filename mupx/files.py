@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def append(path: Path, content: bytes) -> None:
         StorageError: The file cannot be written or the disk is full.
     """
     try:
-        with open(path, "ab") as file:
+        with open(path, "ab", opener=_unlinked) as file:
             size = file.tell()
             try:
                 file.write(content)
@@ -98,14 +99,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_bounded(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int, waiting: bool = False) -> bytes:
     """Read a file of at most ``most`` bytes.
+
+    Args:
+        path: The file.
+        most: Bytes.
+        waiting: Also read from a pipe, where nobody may ever write.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is larger.
+        ValueError: It is larger, or no ordinary file.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=None if waiting else _not_waiting) as file:
+        if not waiting and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no ordinary file")
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it holds more than {most:,} bytes")
@@ -149,6 +157,33 @@ def disk(path: Path) -> str:
     with suppress(OSError):
         return f"disk {place}, {shutil.disk_usage(place).free / 2**20:,.1f} MiB free"
     return f"disk {place}"
+
+
+def require_inside(folder: Path) -> None:
+    """Refuse links that leave a folder: it may come from elsewhere, and what is written must stay there.
+
+    Raises:
+        StorageError: A file in it is one.
+    """
+    try:
+        links = [entry for entry in folder.iterdir() if entry.is_symlink()]
+        for link in links:
+            target = link.resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise StorageError(
+                    f"{link} is a link out of the run folder (to {target}), and mupx writes inside it only; "
+                    "remove the link, or make the run folder itself one"
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise StorageError(f"cannot use {folder}: {error}") from None
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from socket import gethostname
 
 from mupx.errors import StorageError
-from mupx.files import read_json, sweep, unwritable
+from mupx.files import read_json, require_inside, sweep, unwritable
 from mupx.processes import born
 
 LOCK = "run.lock"
@@ -75,6 +75,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
         return
     mine = Holder.here(what)
     with _guard(folder):
+        require_inside(folder)
         _take(path, mine)
     former = os.environ.get(TOKEN)
     os.environ[TOKEN] = mine.token

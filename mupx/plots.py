@@ -178,7 +178,7 @@ def curvature_curves(entries: Sequence[Mapping[str, Any]]) -> Figure:
         grid = figure.subplots(2, 2, sharex=True).flat
         for axes, (key, label) in zip(grid, CURVATURE_PANELS.items(), strict=True):
             for i, name in enumerate(matrices):
-                style = {"color": colours(0.9 * i / max(1, len(matrices) - 1)), "label": name}
+                style = {"color": colours(0.9 * i / max(1, len(matrices) - 1)), "label": literal(name)}
                 for line, values in _curvature_lines(entries, name, key).items():
                     axes.plot(*zip(*values, strict=True), linestyle="--" if line in "BL" else "-", **style)
             whole = [(e["step"], e["curvature_c"]) for e in entries if key == "c" and e.get("curvature_c")]
@@ -221,6 +221,16 @@ def save(figure: Figure, path: Path) -> Path:
     with replacing(path) as temporary, mpl.rc_context(STYLE):
         figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
     return path
+
+
+def literal(name: str) -> str:
+    r"""Return a name as a figure shows it: its dollars are no formula, and no font has control characters.
+
+    >>> literal("cost_$\x07")
+    'cost_\\$?'
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in name.encode("utf-8", "replace").decode())
+    return shown.replace("$", r"\$")
 
 
 @contextmanager
