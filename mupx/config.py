@@ -43,6 +43,7 @@ from mupx.usercode import HOW, digest, is_reference, label, source_of
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]  # what is derived from it fits into torch's 64 bits
 
 
 LOSSES = ("cross_entropy", "squared_error")
@@ -243,7 +244,7 @@ class SearchConfig(_Section):
     sampler: Literal["tpe", "random", "qmc", "gp"] = "tpe"
     pruner: Literal["median", "none"] = "median"
     storage: str | None = None
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Seed = 0
     objective: Literal["validation", "train"] = "validation"
     confirm: Annotated[int, Field(ge=0, strict=True)] = 0
     population: PositiveInt = 1
@@ -278,7 +279,7 @@ class TrainConfig(_Section):
     amp: Literal["off", "bf16"] = "off"
     loss: Annotated[str, AfterValidator(_known_loss)] = "cross_entropy"
     dtype: Literal["float32", "float64"] = "float32"
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Seed = 0
     device: str = "auto"
     threads: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
@@ -527,7 +528,7 @@ def parse_value(text: str) -> Any:
     """Read one TOML value; anything that is not TOML is a plain string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also for whole numbers of thousands of digits
         return text
 
 

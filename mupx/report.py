@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
+LARGEST = 2.0**63  # of a number in a file: more than any step or loss, and what tables hold
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -60,15 +62,39 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
+            entries.append(_metrics(json.loads(line)))
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise StorageError(f"{path}, line {number} is damaged; train again with --fresh") from None
     return entries
+
+
+def _metrics(entry: Any) -> dict[str, Any]:
+    """Return a line of metrics as it is, if it has the types of one."""
+    whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    if not (whole and all(_number(value) for key, value in entry.items() if key != "curvature")):
+        raise ValueError("no metrics")
+    curvature = entry.get("curvature", {})
+    if not isinstance(curvature, dict) or not all(map(_statistics, curvature.values())):
+        raise ValueError("no curvature")
+    for name in curvature:
+        name.encode()  # a lone surrogate goes into no table
+    return dict(entry)
+
+
+def _statistics(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        _number(value) or (isinstance(value, dict) and all(map(_number, value.values())))
+        for value in found.values()
+    )
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not abs(value) >= LARGEST)
 
 
 def outcome(trial: FrozenTrial) -> str:
@@ -183,6 +209,13 @@ def _result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return read_json(path)
+        document = read_json(path)
+        if not {"outcome", "steps", "train_loss", "test"} <= document.keys():
+            raise ValueError("it is no result")
+        if not (isinstance(document["outcome"], str) and isinstance(document["steps"], int)):
+            raise ValueError("it is no result")
+        if not _number(document["train_loss"]):
+            raise ValueError("its loss is no number")
+        return document
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}); train again with --fresh") from None

@@ -144,14 +144,14 @@ class RunFolder:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 written = json.loads(line)["step"]
             except (ValueError, RecursionError, LookupError, TypeError):
                 continue  # the torn last line of a killed run
             if isinstance(written, int) and written <= step:
-                kept.append(f"{line}\n")
-        write_atomically(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+        write_atomically(path, b"".join(kept))
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

@@ -157,6 +157,8 @@ def _usage(error: typer.TyperException) -> str:
 def _understood(error: Exception) -> MupxError | None:
     if isinstance(error, MupxError):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return UsageError(f"{str(error.filename)[:60]} … is no path: {error.strerror}")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f" ({disk(Path(error.filename))})" if error.errno in FULL and error.filename else ""
         return StorageError(f"cannot use {error.filename or 'the disk'}: {error.strerror}{where}")
