@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def train(optimizer: str) -> Job:
 
 def tune(optimizer: str, seed: int) -> Job:
     """Search, with a model-based sampler and a pruner at work."""
-    arguments = ("tune", "--optimizer", optimizer, "--width", "8", "--steps", "24", "--threads", "1")
-    arguments += ("--trials", "16", "--seed", str(seed), "--run-dir", RUN)
+    arguments = ("tune", "--optimizer", optimizer, "--width", "8", "--steps", "12", "--threads", "1")
+    arguments += ("--trials", "14", "--seed", str(seed), "--run-dir", RUN)
     return Job("tune", f"{optimizer}, seed {seed}", arguments, _nothing, _searched, _opens)
 
 
@@ -193,16 +194,18 @@ def main() -> None:
         print("\n".join(table(read_rows(given.csv))))
         return
     print(set_threads(1))
-    draw, rows = random.Random(given.seed), list[dict[str, Any]]()
-    for job in jobs():
-        rows += killed(job, draw, given.most)
+    rows: list[dict[str, Any]] = [] if given.smoke else read_rows(given.csv)  # of a run that was interrupted
+    begun = max((int(row["run"]) for row in rows), default=0)
+    for run, job in islice(enumerate(jobs(), start=1), begun, None):
+        found = killed(job, random.Random(f"{given.seed} {run}"), given.most)
+        rows += [{"run": run, **row} for row in found]
         print(f"{len(rows)} kills: {job.verb} {job.what}", flush=True)
         if not given.smoke and rows:
             write_rows(given.csv, rows)
         if len(rows) >= (12 if given.smoke else given.kills):
             break
     print("\n".join(table(rows)))
-    sys.exit(0 if all(row["same"] for row in rows) else 1)
+    sys.exit(0 if all(str(row["same"]) == "True" for row in rows) else 1)
 
 
 if __name__ == "__main__":
