@@ -88,6 +88,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("late", "late_drift.py", 9),
         ("population", "population.py", 24),
         ("ranks", "ranks.py", 14),
+        ("workers", "reliability/workers.py", 6),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):

@@ -1,18 +1,22 @@
 """What is left of a search after three of its eight workers are killed with SIGKILL: all of it.
 
-    python benchmarks/reliability/workers.py                  # about twenty minutes on two cores
-    python benchmarks/reliability/workers.py --storage sqlite --rounds 20
+    python benchmarks/reliability/workers.py                  # half an hour on two busy cores
+    python benchmarks/reliability/workers.py --storage journal --rounds 6
     python benchmarks/reliability/workers.py --table          # print the committed results
-    python benchmarks/reliability/workers.py --smoke          # one round per sampler, in SQLite
+    python benchmarks/reliability/workers.py --count          # what a trial asks of its storage, a minute
+    python benchmarks/reliability/workers.py --smoke          # three rounds in SQLite, one per sampler
 
 Eight workers are started at once on a new study of 24 trials (an MLP of width 4 on synthetic data, a few
 steps each, so that most of the time is spent where a search can be broken: between trials). When so many
 trials have finished as the round's seed says, one worker is killed; three times. The other five bring the
-search to its end; the killed ones are not replaced. Every second round two of the workers train
-populations of two. Counted are the trials that finished, places of the search that were filled twice or
-not at all, trials left RUNNING, and whether the set of trials (parameters and value) is that of one
-undisturbed worker. For TPE, whose points depend on what has been told before, the best value is set beside
-that of one undisturbed worker with the same seed.
+search to its end; the killed ones are not replaced. Rounds take samplers in turn, and in every second one
+two of the workers train populations of two. Counted are the workers that failed, the trials that finished,
+places of the search that were filled twice or not at all, trials left RUNNING, and whether the set of
+trials (parameters and value) is that of one undisturbed worker. For TPE, whose points depend on what has
+been told before, the best value is set beside that of one undisturbed worker with the same seed.
+
+`--count` runs one worker and counts transactions per trial; and it times the asking for a trial, which one
+process does at a time, beside few and beside a thousand trials that are running.
 """
 
 from __future__ import annotations
@@ -28,19 +32,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from optuna.trial import TrialState, create_trial  # noqa: E402
+
 from benchmarks.sweeps import read_rows, write_rows  # noqa: E402
 from mupx.config import Experiment  # noqa: E402
+from mupx.leases import LEASE, Leases  # noqa: E402
 from mupx.search import join, make, opened  # noqa: E402
+from mupx.search.sampling import distributions  # noqa: E402
 from mupx.search.slots import COUNTED, SLOT  # noqa: E402
+from mupx.search.worker import Search  # noqa: E402
 
 CSV = Path(__file__).with_suffix(".csv")
 WORKERS, KILLED, TRIALS = 8, 3, 24
@@ -58,7 +66,7 @@ def experiment(storage: str | None, sampler: str, seed: int, trials: int = TRIAL
             "scaling.base_width": 4,
             "scaling.width": 4,
             "train.batch_size": 32,
-            "train.steps": 6,
+            "train.steps": 12,
             "train.threads": 1,
             "train.device": "cpu",
             "search.trials": trials,
@@ -93,8 +101,8 @@ def finished_of(study: Any) -> list[Any]:
     return [t for t in study.get_trials(deepcopy=False) if t.state in COUNTED]
 
 
-def kill_some(study: Any, processes: list[Any], draw: random.Random) -> None:
-    """Kill three workers, each when a drawn number of trials has finished."""
+def kill_some(study: Any, processes: list[Any], draw: random.Random) -> int:
+    """Kill three workers, each when a drawn number of trials has finished; return how many were there."""
     moments = sorted(draw.randrange(TRIALS - WORKERS) for _ in range(KILLED))
     victims = draw.sample(processes, KILLED)
     deadline = time.monotonic() + LIMIT
@@ -102,7 +110,9 @@ def kill_some(study: Any, processes: list[Any], draw: random.Random) -> None:
         while len(finished_of(study)) < moment and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(draw.uniform(0.0, 0.05))
-        os.kill(victim.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+    return sum(victim.join() or victim.exitcode == -signal.SIGKILL for victim in victims)
 
 
 def wait(processes: list[Any]) -> None:
@@ -147,7 +157,7 @@ def one_round(
     processes = [
         start(context, made.url, made.study, 2 if index < populations else 1) for index in range(WORKERS)
     ]
-    kill_some(study, processes, draw)
+    killed = kill_some(study, processes, draw)
     wait(processes)
     seconds = time.monotonic() - started
     trials = study.get_trials(deepcopy=False)
@@ -158,6 +168,8 @@ def one_round(
         "sampler": sampler,
         "round": seed,
         "populations": populations,
+        "killed": killed,
+        "failed": sum(process.exitcode not in (0, -signal.SIGKILL) for process in processes),
         "trials": TRIALS,
         "finished": len(done),
         "twice": len(places) - len(set(places)) + len(done) - len({str(t.params) for t in done}),
@@ -185,24 +197,63 @@ def storages(kind: str, folder: Path) -> Iterator[str | None]:
         yield None if kind == "sqlite" else f"journal://{folder}/study.log"
 
 
+def asking(study: Any, found: Experiment, url: str, running: int) -> float:
+    """Return the seconds one ask takes, its turn included, beside so many running trials of other hosts."""
+    found = found.updated({"search.trials": 10_000})
+    search = Search(study, found, None, url, Leases(study, 600.0))  # type: ignore[arg-type]
+    lease = {**search.leases.lease(), "host": "another-host", "worker": "another"}
+    space = distributions(found.search.space)
+    there = len(study.get_trials(deepcopy=False))
+    for place in range(there, there + running - sum(t.state == TrialState.RUNNING for t in study.trials)):
+        attrs = {SLOT: place, LEASE: lease}
+        values = {name: box.low for name, box in space.items()}
+        trial = create_trial(state=TrialState.RUNNING, params=values, distributions=space, user_attrs=attrs)
+        study._storage.create_new_trial(study._study_id, template_trial=trial)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        search.ask()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def count(storage: str, place: Path) -> None:
+    """Print what one trial asks of a storage."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    commits: list[Any] = []
+    listener = commits.append
+    with storages(storage, place) as url:
+        made = make(experiment(url, "random", 0), run_dir=place / f"count-{storage}")
+        event.listen(Engine, "commit", listener)
+        work(made.url, made.study, 1)
+        event.remove(Engine, "commit", listener)
+        study, found = opened(made.url, made.study)
+        few, many = (1000 * asking(study, found, made.url, running) for running in (8, 1000))
+    each = len(commits) / TRIALS
+    print(f"{storage}: {each:.1f} transactions per trial; an ask takes {few:.0f} ms beside 8 running trials,")
+    print(f"  {many:.0f} ms beside 1,000")
+
+
 def good(row: dict[str, Any]) -> bool:
     """Whether a round kept every promise."""
     exact = int(row["finished"]) == int(row["trials"])
-    clean = all(int(row[key]) == 0 for key in ("twice", "missing", "running"))
+    clean = all(int(row[key]) == 0 for key in ("failed", "twice", "missing", "running"))
     return exact and clean and str(row["same set"]) in ("", "True")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print one line per storage and sampler."""
-    print("storage     sampler  rounds  kept every promise  lost and run again  best − undisturbed (± s.e.)")
+    print("| storage | sampler | rounds | kept | workers killed | trials run again | best − undisturbed |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for key in dict.fromkeys((row["storage"], row["sampler"]) for row in rows):
         some = [row for row in rows if (row["storage"], row["sampler"]) == key]
-        lost = sum(int(row["lost"]) for row in some)
+        killed, lost = (sum(int(row[name]) for row in some) for name in ("killed", "lost"))
         gaps = [float(row["best"]) - float(row["undisturbed"]) for row in some]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        kept = f"{sum(map(good, some))} of {len(some)}"
-        gap = f"{statistics.mean(gaps):+.5f} ± {error:.5f}"
-        print(f"{key[0]:<11} {key[1]:<8} {len(some):>6}  {kept:>18}  {lost:>18}  {gap:>26}")
+        gap = f"{round(statistics.mean(gaps), 4) + 0.0:+.4f} ± {error:.4f}"  # no minus before a zero
+        print(f"| {key[0]} | {key[1]} | {len(some)} | {sum(map(good, some))} | {killed} | {lost} | {gap} |")
 
 
 def main() -> None:
@@ -211,22 +262,29 @@ def main() -> None:
     )
     parser.add_argument("--storage", nargs="+", default=["sqlite", "postgresql"])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--count", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
         return table(read_rows(arguments.csv))
+    if arguments.count:
+        with tempfile.TemporaryDirectory() as place:
+            for storage in arguments.storage:
+                count(storage, Path(place))
+        return None
     if arguments.smoke:
-        arguments.storage, arguments.rounds = ["sqlite"], 1
+        arguments.storage, arguments.rounds = ["sqlite"], 3
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for storage in arguments.storage:
             with storages(storage, Path(place)) as url:
-                for seed, sampler in product(range(arguments.rounds), arguments.samplers):
+                for seed in range(arguments.rounds):
+                    sampler = arguments.samplers[seed % len(arguments.samplers)]
                     rows.append(one_round(context, url, Path(place), storage, sampler, seed))
                     if not arguments.smoke:
                         write_rows(arguments.csv, rows)

@@ -81,16 +81,24 @@ OWN = (
 OWN += "nn.Tanh(), nn.Linear(width, 10))\n"
 
 
-def test_code_that_has_changed_is_exit_4_and_code_from_elsewhere_needs_consent(run, tmp_path):
+WORKER = ["worker", "--storage", URL, "--study", "run"]
+
+
+def test_code_from_elsewhere_needs_consent(run):
     Path("own.py").write_text(OWN)
     assert run(*MAKE, "--model", "own.py:build", "--workers", 0).code == 0
-    words = ["worker", "--storage", URL, "--study", "run"]
-    ended = run(*words)
+    ended = run(*WORKER)
     assert ended.code == 2
     assert "--allow-code own.py:build" in ended.message
+
+
+@pytest.mark.slow
+def test_code_that_has_changed_is_exit_4_with_the_difference(run):
+    Path("own.py").write_text(OWN)
+    assert run(*MAKE, "--model", "own.py:build", "--workers", 0).code == 0
     Path("own.py").write_text(OWN.replace("Tanh", "ReLU"))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mupx.cli import main; main()"
-    command = [sys.executable, "-c", code, *words, "--allow-code", "own.py:build"]
+    command = [sys.executable, "-c", code, *WORKER, "--allow-code", "own.py:build"]
     fresh = subprocess.run(command, capture_output=True, text=True)
     assert fresh.returncode == 4
     assert "source.own.py" in fresh.stderr

@@ -62,7 +62,9 @@ def reopen(run_dir: Path) -> Any:
 # --- real processes
 
 
-@pytest.mark.parametrize("url", ["sqlite", "journal", POSTGRES], indirect=True)
+@pytest.mark.parametrize(
+    "url", ["sqlite", pytest.param("journal", marks=pytest.mark.slow), POSTGRES], indirect=True
+)
 def test_workers_started_at_once_fill_every_place_once(context, url, tmp_path):
     made = make(rounds.experiment(url, "qmc", 0, trials=6), run_dir=tmp_path / "a")
     processes = [rounds.start(context, made.url, made.study) for _ in range(3)]
@@ -353,23 +355,27 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
 
 
 def test_a_storage_that_comes_back_costs_nothing_but_time(training, tmp_path, monkeypatch, caplog):
-    undisturbed = loop.tune(synthetic.experiment(), run_dir=tmp_path / "b")
+    experiment = synthetic.experiment(**{"search.trials": 4})
+    undisturbed = loop.tune(experiment, run_dir=tmp_path / "b")
     failures = failing(monkeypatch, 5)
-    result = loop.tune(synthetic.experiment(), run_dir=tmp_path / "a")
+    result = loop.tune(experiment, run_dir=tmp_path / "a")
     assert len(failures) == 5
     assert synthetic.record(reopen(result.run_dir)) == synthetic.record(reopen(undisturbed.run_dir))
     assert caplog.text.count("database or disk is full; trying again for 300 s") == 1
 
 
 def test_a_storage_that_stays_away_is_exit_7_and_nothing_finished_is_lost(training, tmp_path, monkeypatch):
-    loop.tune(synthetic.experiment(**{"search.trials": 3}), run_dir=tmp_path / "a")
+    loop.tune(synthetic.experiment(**{"search.trials": 2}), run_dir=tmp_path / "a")
     with monkeypatch.context() as patch:
         failing(patch, 10**9)
         with pytest.raises(StorageError, match="disk is full") as caught:
             loop.tune(synthetic.experiment(**{"search.patience": 0.1}), run_dir=tmp_path / "a")
         assert caught.value.exit_code == 7
-    assert len(reopen(tmp_path / "a").trials) == 4
-    assert loop.tune(synthetic.experiment(), run_dir=tmp_path / "a").counts["total"] == 14
+    kept = reopen(tmp_path / "a").trials
+    assert sum(t.state in slots.COUNTED for t in kept) >= 2
+    assert kept[-1].state not in slots.COUNTED  # the one that could not report
+    again = loop.tune(synthetic.experiment(**{"search.trials": 6}), run_dir=tmp_path / "a")
+    assert again.counts["total"] == 6
 
 
 def test_a_turn_that_does_not_come_is_a_storage_error(training, tmp_path, monkeypatch):
