@@ -163,12 +163,12 @@ def train(
         data: As for :func:`tune`; needed again for a recipe that was tuned on data handed over.
         run_dir: Folder that keeps the run.
         allow_code: References that a recipe names and that may be imported.
-        **more: ``recipe``, ``report``, ``reports``, ``evaluate_test`` and ``progress`` of
+        **more: ``recipe``, ``report``, ``reports``, ``evaluate_test``, ``progress``, ``ranks`` and ``fsdp`` of
             :func:`mupx.training.train`; the rest are settings.
     """
     from mupx import training
 
-    names = ("recipe", "report", "reports", "evaluate_test", "progress")
+    names = ("recipe", "report", "reports", "evaluate_test", "progress", "ranks", "fsdp")
     options = {key: more.pop(key) for key in names if key in more}
     if isinstance(what, (Recipe, Path)):
         options["recipe"], what = _allowed(what, allow_code)

@@ -25,6 +25,7 @@ from mupx.locks import held
 from mupx.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mupx.datasets.base import Dataset
     from mupx.distributed.communicator import Communicator
     from mupx.run_folder import Metrics, Result
 
@@ -168,7 +169,9 @@ def _train(recipe: Recipe, overrides: list[str], folder: Path, ranks: Communicat
     from mupx.parametrization import resolved
 
     recipe = replace(recipe, experiment=resolved(recipe.experiment))
-    data = parts.load_data(recipe.experiment)
+    loaded: list[Dataset] = []
+    ranks.first(lambda: loaded.append(parts.load_data(recipe.experiment)))  # it may have to be fetched: once
+    data = loaded[0] if loaded else parts.load_data(recipe.experiment)
     if any(line.startswith(REDESCRIBED) for line in overrides):
         recipe = replace(recipe, parameters=parts.describe(recipe.experiment, data))
     ranks.first(lambda: _record(recipe, overrides, folder))
