@@ -163,8 +163,8 @@ def train(
         data: As for :func:`tune`; needed again for a recipe that was tuned on data handed over.
         run_dir: Folder that keeps the run.
         allow_code: References that a recipe names and that may be imported.
-        **more: ``recipe``, ``report``, ``reports``, ``evaluate_test``, ``progress``, ``ranks`` and ``fsdp`` of
-            :func:`mupx.training.train`; the rest are settings.
+        **more: ``recipe``, ``report``, ``reports``, ``evaluate_test``, ``progress``, ``ranks`` and ``fsdp``
+            of :func:`mupx.training.train`; the rest are settings.
     """
     from mupx import training
 

@@ -235,7 +235,8 @@ class Run:
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         name = self.experiment.model.name
-        with own(name, lambda: f"run forward at {self._where} on inputs of shape {list(inputs.shape)}"):
+        where = own(name, lambda: f"run forward at {self._where} on inputs of shape {list(inputs.shape)}")
+        with where, self.parallel.ranks.guarding():
             outputs = self.parallel.model(self.model)(inputs)
         if not isinstance(outputs, Tensor):
             raise UsageError(f"model {name} returned {type(outputs).__name__}; return one tensor of outputs")
