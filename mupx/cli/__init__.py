@@ -12,6 +12,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -120,6 +121,8 @@ def exit_code(run: Callable[[], Any], again: str = "") -> int:
     except typer.TyperException as error:  # wrong flags; help asked for by leaving everything out
         return _say(_usage(error), error.exit_code)
     except Exception as error:
+        with suppress(StorageError):
+            _flush()
         known = _understood(error)
         if known is None:
             traceback.print_exc()
@@ -143,7 +146,7 @@ def _flush() -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:
-            raise StorageError(f"cannot write the result to stdout: {error.strerror}") from None
+            raise StorageError(f"cannot write to stdout: {error.strerror}") from None
 
 
 def _usage(error: typer.TyperException) -> str:
@@ -160,8 +163,10 @@ def _understood(error: Exception) -> MupxError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UsageError(f"{str(error.filename)[:60]} … is no path: {error.strerror}")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = f" ({disk(Path(error.filename))})" if error.errno in FULL and error.filename else ""
-        return StorageError(f"cannot use {error.filename or 'the disk'}: {error.strerror}{where}")
+        if not error.filename:
+            return StorageError(f"cannot write to stdout: {error.strerror}")
+        where = f" ({disk(Path(error.filename))})" if error.errno in FULL else ""
+        return StorageError(f"cannot use {error.filename}: {error.strerror}{where}")
     if out_of_memory(error):
         return NoResultError("out of memory; use a smaller batch (train.batch_size), width or model")
     if isinstance(error, UnicodeEncodeError):
