@@ -15,7 +15,7 @@ from mupx.datasets.base import Dataset, Split
 from mupx.optim import OPTIMIZERS
 from mupx.training import Run
 
-STEPS = 8  # two refreshes after the first
+STEPS = 7  # two refreshes after the first
 SETTING = {
     "scaling.base_width": 8,
     "scaling.width": 16,

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +130,19 @@ def main() -> None:
         print("\n".join(table(read_rows(given.csv))))
         return
     print(set_threads(1))
-    draw, rows = random.Random(given.seed), list[dict[str, Any]]()
+    rows: list[dict[str, Any]] = [] if given.smoke else read_rows(given.csv)  # of a run that was interrupted
+    begun = max((int(row["run"]) for row in rows), default=0)
     try:
-        for job in jobs():
-            rows.append(filled(job, draw))
-            print(f"{len(rows)}: {rows[-1]}", flush=True)
-            if len(rows) >= (4 if given.smoke else given.times):
-                break
+        for run, job in islice(enumerate(jobs(), start=1), begun, 4 if given.smoke else given.times):
+            rows.append({"run": run, **filled(job, random.Random(f"{given.seed} {run}"))})
+            print(rows[-1], flush=True)
+            if not given.smoke:
+                write_rows(given.csv, rows)
     except NoMountError as error:
         print(f"nothing was measured: {error}")
         return
-    if not given.smoke:
-        write_rows(given.csv, rows)
     print("\n".join(table(rows)))
-    sys.exit(0 if all(row["same"] and row["clear"] for row in rows) else 1)
+    sys.exit(0 if all(str(row["same"]) == str(row["clear"]) == "True" for row in rows) else 1)
 
 
 if __name__ == "__main__":

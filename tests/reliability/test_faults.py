@@ -47,6 +47,7 @@ def test_a_full_disk_under_the_log_ends_no_run_and_one_under_the_result_is_said(
     assert "Exception ignored" not in ended.err
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_read_only_refuses_a_run_and_shows_a_finished_one(
     recipe: Path, tmp_path: Path
 ) -> None:

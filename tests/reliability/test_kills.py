@@ -17,21 +17,19 @@ JOBS = {
     "tune": kills.tune("sgd", 3),
     "verify": kills.verify("sgd"),
 }
-VERBS = [
-    "train",
-    pytest.param("tune", marks=pytest.mark.slow),
-    pytest.param("verify", marks=pytest.mark.slow),
-]
+MORE = [pytest.param(verb, marks=pytest.mark.slow) for verb in JOBS]
+VERBS = ["train", *MORE[1:]]
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_command_killed_at_random_moments_ends_in_the_same_bits(verb: str) -> None:
-    rows = kills.killed(JOBS[verb], random.Random(1), 3)
+    draw = random.Random(1)  # a machine that is busy at first may let the command end before the moment comes
+    rows = next(filter(None, (kills.killed(JOBS[verb], draw, 3) for _ in range(5))), [])
     assert rows
     assert all(row["same"] for row in rows)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", MORE)
 def test_a_disk_that_fills_up_stops_a_command_which_then_continues_to_the_same_bits(verb: str) -> None:
     try:
         row = disks.filled(JOBS[verb], random.Random(2))

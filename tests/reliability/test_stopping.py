@@ -82,6 +82,7 @@ def test_tune_tells_optuna_what_it_interrupted(tmp_path: Path) -> None:
     assert status["counts"]["failed"] <= 1
 
 
+@pytest.mark.slow
 def test_verify_keeps_what_it_has_measured(tmp_path: Path) -> None:
     command = commands.Command(
         [*VERIFY, "--lr", "0.01", "--at", "1,1000", "--seeds", "0,1,2", "--run-dir", "run"], tmp_path
@@ -142,6 +143,7 @@ def test_the_second_process_in_a_folder_is_told_who_holds_it(tmp_path: Path, rec
 
 
 @pytest.mark.parametrize("verb", [TUNE, VERIFY])
+@pytest.mark.slow
 def test_tune_and_verify_hold_their_folder_too(tmp_path: Path, verb: list[str]) -> None:
     from mupx.locks import held
 
