@@ -89,6 +89,9 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("population", "population.py", 24),
         ("ranks", "ranks.py", 14),
         ("workers", "reliability/workers.py", 6),
+        ("kills", "reliability/kills.py", 3),
+        ("disks", "reliability/disks.py", 3),
+        ("fuzz", "reliability/fuzz.py", 10),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):
