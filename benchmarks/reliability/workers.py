@@ -50,7 +50,7 @@ from mupx.search.sampling import distributions  # noqa: E402
 from mupx.search.slots import COUNTED, SLOT  # noqa: E402
 from mupx.search.worker import Search  # noqa: E402
 
-CSV = Path(__file__).with_suffix(".csv")
+CSV = Path(__file__).resolve().parents[1] / "results" / "reliability-workers.csv"
 WORKERS, KILLED, TRIALS = 8, 3, 24
 SAMPLERS = ("random", "qmc", "tpe")
 LIMIT = 120.0  # seconds after which a round counts as stuck
