@@ -89,7 +89,8 @@ class Kronecker(Captured):
 
     def _keeps_rows(self, weight: Tensor) -> bool:
         # As columns, or where one process multiplies thin products.
-        return self.solver == "low-rank" or (self._columns and max(weight.flatten(1).shape) >= SMALLEST)
+        forced = self.solver in ("low-rank", "sketch")
+        return forced or (self._columns and max(weight.flatten(1).shape) >= SMALLEST)
 
     def _watched(self) -> list[Tensor]:
         if self.communicator.size > 1:
