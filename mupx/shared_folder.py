@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mupx import checkpoint
 from mupx.config import Experiment
 from mupx.distributed.communicator import Communicator
-from mupx.run_folder import Continuable, Result, RunFolder
+from mupx.run_folder import Continuable, Result, RunFolder, taking_over
 
 PARTS = ".parts"  # what a folder of sharded tensors ends in, beside the checkpoint that names it
 
@@ -81,10 +81,13 @@ class SharedFolder:
             return taken.saved
 
         saved = self._ranks.first(read)
-        if saved is not None and "parts" in saved.values:
-            run.restore_parts(saved, self._checkpoints / saved.values["parts"])
-        elif saved is not None:
-            run.restore(saved)
+        if saved is None:
+            return
+        with taking_over(saved, self._checkpoints):
+            if "parts" in saved.values:
+                run.restore_parts(saved, self._checkpoints / Path(saved.values["parts"]).name)
+            else:
+                run.restore(saved)
 
     def record(self, run: Continuable, **values: Any) -> None:
         """Queue one line of metrics (see :meth:`RunFolder.record`)."""
