@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,25 @@ class Continuable(Protocol):
         """Continue from a snapshot."""
 
 
+@contextmanager
+def taking_over(saved: checkpoint.Checkpoint, folder: Path) -> Iterator[None]:
+    """Say of a checkpoint that the block cannot continue from that it is another run's.
+
+    Raises:
+        MismatchError: With what it stumbled over.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MismatchError(
+            f"the checkpoint of step {saved.step} in {folder} is not one of this run "
+            f"({reason}); use another --run-dir, or --fresh"
+        ) from None
+
+
 class RunFolder:
     """A run on disk: ``run.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``."""
 
@@ -106,16 +126,8 @@ class RunFolder:
         """
         saved = checkpoint.latest(self.checkpoints)
         if saved is not None:
-            try:
+            with taking_over(saved, self.checkpoints):
                 run.restore(saved)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                if out_of_memory(error):
-                    raise
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise MismatchError(
-                    f"the checkpoint of step {saved.step} in {self.checkpoints} is not one of this run "
-                    f"({reason}); use another --run-dir, or --fresh"
-                ) from None
         self._keep_metrics_until(run.step)
 
     def record(self, run: Continuable, **values: Any) -> None:

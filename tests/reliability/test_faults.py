@@ -12,7 +12,7 @@ from typing import TextIO, cast
 
 import pytest
 
-from mupx import checkpoint, cli, study
+from mupx import checkpoint, cli, storage
 from mupx.cli._console import Lossy
 
 from ..cli.conftest import TUNE, invoke, run, tuned
@@ -70,7 +70,7 @@ def test_a_folder_that_is_read_only_refuses_a_run_and_shows_a_finished_one(
 def test_a_locked_database_is_one_sentence(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "TIMEOUT", 0.1)
+    monkeypatch.setattr(storage, "TIMEOUT", 0.1)
     shutil.copytree(tuned, tmp_path / "run")
     connection = sqlite3.connect(tmp_path / "run" / "study.db", isolation_level=None)
     connection.execute("PRAGMA journal_mode=DELETE")
