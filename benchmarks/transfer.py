@@ -13,7 +13,8 @@ At width 64 lr and damping are tuned in turn on half-octave lines until neither 
 width a half-octave line in lr and one in damping pass through that point. *Regret* of the transferred
 point: its loss minus that of the best point on the two lines, chosen on the other seed. *Regret robust*:
 the same for the lr whose mean with its two neighbours at width 64 is lowest: one that is not at the edge
-of a cliff.
+of a cliff. Where a table has no best damping, that line is not measured to its end, and regret is over lr
+alone.
 """
 
 from __future__ import annotations
@@ -81,7 +82,13 @@ def measure(cells: Cells, setting: str, variant: tuple[str, ...], width: int, se
     base = base_choice(cells, setting, variant, seeds)
     chosen = replace(base, width=width, parametrization=variant[2] if width != BASE else "mup")
     reach = REACH if width == BASE else REACHES.get(setting, REACH)
-    lines = {axis: line(cells, chosen, axis, seeds, reach) for axis in axes_of(variant[0])}
+    lines = {}
+    for axis in axes_of(variant[0]):
+        try:
+            lines[axis] = line(cells, chosen, axis, seeds, reach)
+        except KeyError:
+            if axis == "log2_lr":
+                raise
     points = [point for one in lines.values() for point in one]
     best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
     regrets = regret(cells, chosen, points, seeds)
