@@ -36,6 +36,7 @@ from mupx.models.myrtle5 import build as build_myrtle5
 HERE = Path(__file__).parent
 ROUNDS, WARM_UP = 7, 1
 TOKENS, VOCABULARY = 64, 65
+IDENTITY = ("model", "width", "batch", "refresh", "variant")
 
 
 def model_of(name: str, width: int) -> nn.Module:
@@ -55,10 +56,14 @@ def batch_of(name: str, size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, *shape), torch.randint(0, 10, (size,))
 
 
-def prepared(name: str, width: int, size: int, refresh: int) -> tuple[dict[str, Step], dict[str, str]]:
+def prepared(
+    name: str, width: int, size: int, refresh: int, families: list[str]
+) -> tuple[dict[str, Step], dict[str, str]]:
     """Return the steps that ran once, and for the others why not."""
     steps, refused = {}, {}
     for family, variants in FAMILIES.items():
+        if family not in ("sgd", *families):
+            continue
         for package, make in variants.items():
             label = f"{family}: {package}"
             try:
@@ -79,8 +84,10 @@ def one_round(step: Step, batches: list[tuple[Tensor, Tensor]]) -> float:
     return (time.process_time() - started) / len(batches)
 
 
-def measure(name: str, width: int, size: int, refresh: int, rounds: int) -> list[dict[str, str]]:
-    steps, refused = prepared(name, width, size, refresh)
+def measure(
+    name: str, width: int, size: int, refresh: int, rounds: int, families: list[str]
+) -> list[dict[str, str]]:
+    steps, refused = prepared(name, width, size, refresh, families)
     for label, reason in refused.items():
         print(f"left out at {name} {width}: {label}: {reason}")
     batches = [batch_of(name, size) for _ in range(refresh)]
@@ -147,10 +154,12 @@ def all_memory(width: int, size: int, refresh: int) -> list[dict[str, str]]:
 def show(rows: list[dict[str, str]]) -> str:
     """Return the ratios as a Markdown table, a row per variant and a column per setting."""
     settings = list(dict.fromkeys((r["model"], r["width"], r["batch"], r["refresh"]) for r in rows))
+    settings.sort(key=lambda s: (s[0] != "mlp", s[0], *map(int, s[1:])))
     found = {(r["variant"], (r["model"], r["width"], r["batch"], r["refresh"])): r["ratio"] for r in rows}
     heads = [f"{model} {width}, {batch}, {refresh}" for model, width, batch, refresh in settings]
     lines = [f"| variant | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
-    for variant in dict.fromkeys(r["variant"] for r in rows):
+    order = [f"{family}: {package}" for family, variants in FAMILIES.items() for package in variants]
+    for variant in [each for each in order if any(r["variant"] == each for r in rows)]:
         cells = [found.get((variant, setting), "–") for setting in settings]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -182,6 +191,8 @@ def settings_of(smoke: bool, only: list[str] | None) -> list[tuple[str, int, int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL-WIDTH", help="such as mlp-512")
+    parser.add_argument("--batches", nargs="+", default=["64", "256", "1024"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "peers.csv")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -189,8 +200,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     memory_csv = arguments.csv.with_name("peers-memory.csv")
+    if arguments.table and arguments.memory:
+        print(show_memory(read_rows(memory_csv)))
+        return
     if arguments.table:
-        print(show_memory(read_rows(memory_csv)) if arguments.memory else show(read_rows(arguments.csv)))
+        print(show([row for row in read_rows(arguments.csv) if row["batch"] in arguments.batches]))
         return
     machine = set_threads(1)
     if arguments.one:
@@ -206,9 +220,11 @@ def main() -> None:
         return
     rows = [] if arguments.smoke else read_rows(arguments.csv)
     for name, width, size, refresh, rounds in settings_of(arguments.smoke, arguments.only):
-        new = measure(name, width, size, refresh, rounds)
-        key = (name, str(width), str(size), str(refresh))
-        rows = [r for r in rows if (r["model"], r["width"], r["batch"], r["refresh"]) != key] + new
+        if not arguments.smoke and str(size) not in arguments.batches:
+            continue
+        new = measure(name, width, size, refresh, rounds, arguments.families)
+        made = {tuple(row[key] for key in IDENTITY) for row in new}
+        rows = [row for row in rows if tuple(row[key] for key in IDENTITY) not in made] + new
         print(show(new), flush=True)
         if not arguments.smoke:
             write_rows(arguments.csv, rows)

@@ -92,6 +92,11 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("kills", "reliability/kills.py", 3),
         ("disks", "reliability/disks.py", 3),
         ("fuzz", "reliability/fuzz.py", 10),
+        ("peers", "peers.py", 12),
+        ("memory", "peers.py --memory", 8),
+        ("floor", "floor.py", 12),
+        ("overhead", "overhead.py", 3),
+        ("sketch", "sketch.py", 3),
     ],
 )
 def test_the_readme_prints_what_a_benchmark_gives(section, script, least):
