@@ -291,7 +291,7 @@ def main() -> None:
         torch.set_num_threads(1)
         if rows := rank(settings, arguments.width, arguments.rounds):
             arguments.rank.write_text(json.dumps(rows))
-        return
+        joining.end(0)
     if arguments.smoke:
         settings, arguments.width, arguments.rounds = [("kfac", 2), ("muon", 1)], 64, 1
     print(set_threads(1))

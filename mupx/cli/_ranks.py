@@ -89,7 +89,7 @@ def joined(device: str) -> Iterator[Communicator]:
     if not several():
         yield Communicator()
         return
-    from mupx.distributed.joining import join, leave, place
+    from mupx.distributed.joining import end, join, leave, place
 
     found = place()
     assert found is not None
@@ -101,12 +101,14 @@ def joined(device: str) -> Iterator[Communicator]:
             ranks = join(device)
             yield ranks
             leave()
+        end(0)
     except BaseException as error:
         _end(error)
 
 
 def _end(error: BaseException) -> NoReturn:
     from mupx.cli import exit_code
+    from mupx.distributed.joining import end
     from mupx.distributed.launching import tell
 
     def again() -> None:
@@ -125,6 +127,4 @@ def _end(error: BaseException) -> NoReturn:
     else:
         traceback.print_exc()
         code = 1
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)  # the interpreter's own end may wait for threads that wait for other ranks
+    end(code)  # the interpreter's own end may wait for threads that wait for other ranks

@@ -260,6 +260,7 @@ def main() -> None:
     found = TASKS[task](ranks, *arguments)
     (Path(folder) / f"{ranks.rank}.json").write_text(json.dumps(found))
     joining.leave()
+    joining.end(0)
 
 
 if __name__ == "__main__":

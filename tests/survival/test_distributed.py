@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupx
+from mupx.distributed import joining
 from mupx.distributed.communicator import Communicator, Ranks
 from mupx.errors import MismatchError
 from mupx.optim import OPTIMIZERS
@@ -96,6 +97,7 @@ def _start(rank: int, folder: str, ranks: int, work: Callable[..., Any], argumen
         torch.save(work(*arguments, rank, ranks), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
+    joining.end(0)
 
 
 def on_ranks(folder: Path, work: Callable[..., Any], *arguments: Any, ranks: int = RANKS) -> list[Any]:
