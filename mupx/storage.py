@@ -281,11 +281,17 @@ def _inspect(path: Path, create: bool) -> None:
         return
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
-    if tables and not tables >= _TABLES:
+    if not (tables >= _TABLES or tables <= _own_tables()):  # some of them: whoever made them was killed
         raise StorageError(
             f"{path} is a SQLite file of another program (tables: {', '.join(sorted(tables)[:5])}); "
             "give another --storage"
         )
+
+
+def _own_tables() -> set[str]:
+    from optuna.storages._rdb.models import BaseModel
+
+    return {*BaseModel.metadata.tables, "alembic_version"}
 
 
 def _require_folder(path: Path, create: bool) -> None:

@@ -117,6 +117,22 @@ def test_a_damaged_study_is_a_storage_error(tmp_path):
         make(tmp_path / "a.db")
 
 
+def test_a_study_file_whose_maker_was_killed_half_way_is_completed(tmp_path):
+    path = tmp_path / "a.db"
+    whole = make(tmp_path / "whole.db")
+    del whole
+    with closing(sqlite3.connect(tmp_path / "whole.db")) as made, closing(sqlite3.connect(path)) as half:
+        query = "SELECT sql FROM sqlite_master WHERE type='table' AND name LIKE 'stud%'"
+        tables = made.execute(query).fetchall()
+        assert tables
+        for (statement,) in tables:
+            half.execute(statement)
+        half.commit()
+    study = make(path)
+    study.tell(study.ask(), 1.0)
+    assert len(study.trials) == 1
+
+
 def test_a_sqlite_file_of_another_program_is_refused_untouched(tmp_path):
     path = tmp_path / "photos.db"
     with closing(sqlite3.connect(path)) as connection:
