@@ -102,6 +102,9 @@ def join(device: str) -> Communicator:
     found = place()
     if found is None:
         return Communicator()
+    # A build of torch without them says so here, and not where one process trains.
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
     chosen = device_of(device, found)
     backend = _backend(chosen)
     if chosen.startswith("cuda"):
@@ -113,7 +116,13 @@ def join(device: str) -> Communicator:
         MASTER_PORT=str(found.port),
     )
     try:
-        torch.distributed.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        # The launcher's store outlives a restart: without a prefix ranks would look for those before them.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"mupx/{attempt}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise _unmet(found, error) from None
     ranks = Ranks()
