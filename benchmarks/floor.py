@@ -33,6 +33,7 @@ import torch
 from peer_steps import FAMILIES
 from peers import batch_of, model_of, one_round
 from sweeps import read_rows, set_threads, write_rows
+from transfer import show
 
 from mupx.sketch import PROBES, RANK
 
@@ -120,12 +121,6 @@ def measured(width: int, batch: int, package: str, refresh: int) -> tuple[float,
             if turn:
                 kept.append(seconds)
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-def show(rows: list[dict[str, str]]) -> str:
-    heads = list(rows[0])
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def main() -> None:

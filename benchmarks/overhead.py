@@ -21,6 +21,7 @@ from typing import Any
 
 from population import proxy
 from sweeps import read_rows, set_threads, write_rows
+from transfer import show
 
 from mupx.search import tune
 from mupx.search.objective import Proxy
@@ -80,12 +81,6 @@ def measure(steps: int, trials: int) -> dict[str, str]:
         "bookkeeping, ms wall": f"{1e3 * rest_wall / trials:.1f}",
         "share, %": f"{100 * rest / trained:.2f}",
     }
-
-
-def show(rows: list[dict[str, str]]) -> str:
-    heads = list(rows[0])
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def main() -> None:
