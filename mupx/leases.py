@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from socket import gethostname
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -42,15 +43,8 @@ class Leases:
 
     def __init__(self, study: Study, grace: float, kind: str = "tune") -> None:
         self.study, self.grace = study, grace
-        pid = os.getpid()
-        self._own = {
-            "worker": f"{gethostname()}-{pid}-{uuid4().hex[:8]}",
-            "kind": kind,
-            "host": gethostname(),
-            "space": pid_space(),
-            "pid": pid,
-            "start": born(pid),
-        }
+        who = identity()
+        self._own = {"worker": f"{who['host']}-{who['pid']}-{uuid4().hex[:8]}", "kind": kind, **who}
         self._beat = 0
         self._held: set[int] = set()
         self._seen: dict[int, tuple[Any, float]] = {}
@@ -113,8 +107,16 @@ class Leases:
                     self.forget()
 
 
+def identity() -> dict[str, Any]:
+    """Return what :func:`alive` knows this process by."""
+    return {"host": gethostname(), "space": pid_space(), "pid": os.getpid(), "start": born(os.getpid())}
+
+
 def alive(lease: Mapping[str, Any]) -> bool | None:
-    """Whether the process of a lease runs; None where it is another machine's, of which nothing is known."""
+    """Whether the process of a lease, or of any :func:`identity`, runs; None where nothing is known of it.
+
+    That is another machine's, or another container's.
+    """
     if lease.get("host") != gethostname() or lease.get("space", pid_space()) != pid_space():
         return None
     return bool(born(lease["pid"]) == lease["start"])
@@ -154,8 +156,9 @@ def reap(study: Study, trials: Sequence[FrozenTrial], leases: Leases) -> list[in
 
 
 def pid_space() -> str | None:
-    """Return what tells the process numbers of one container from those of another on the same machine."""
+    """Return what tells one machine's process numbers from those of a container, or of a namesake."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None

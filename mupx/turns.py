@@ -8,7 +8,7 @@ has to be shared, and the end of a process releases it:
 * SQLite: ``flock`` on a file beside it;
 * PostgreSQL: an advisory lock that ends with its transaction, also behind a pooler; a server takes it back
   from a process that holds it for a minute;
-* journal: Optuna's lock file, broken half a minute after its owner is gone.
+* journal: its own lock file, under which everybody appends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mupx.journal import GRACE, Journal
+from mupx.journal import Journal
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -38,7 +38,7 @@ def turn(study: Study) -> AbstractContextManager[None]:
     storage: Any = study._storage
     backend = storage._backend if hasattr(storage, "_backend") else storage
     if isinstance(backend, Journal):
-        return _journal_turn(backend.path)
+        return backend.turn()
     engine = getattr(backend, "engine", None)
     lock = None if engine is None else _LOCKS.get(engine.dialect.name)
     return nullcontext() if lock is None else lock(engine, study.study_name)
@@ -92,25 +92,6 @@ def postgresql_turn(engine: Any, name: str) -> Iterator[None]:
         connection.execute(text(limits), {"ms": str(1000 * WAIT)})
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
         yield
-
-
-@contextmanager
-def _journal_turn(path: Path) -> Iterator[None]:
-    from optuna.exceptions import StorageInternalError
-    from optuna.storages.journal import JournalFileOpenLock
-
-    lock = JournalFileOpenLock(f"{path}.turn", GRACE)
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise StorageInternalError(f"cannot lock {path}") from error
-    try:
-        yield
-    finally:
-        try:
-            lock.release()
-        except RuntimeError as error:
-            raise StorageInternalError(f"the lock of {path} was broken by another process") from error
 
 
 _LOCKS: Mapping[str, Callable[[Any, str], AbstractContextManager[None]]] = {
