@@ -122,7 +122,9 @@ def alive(lease: Mapping[str, Any]) -> bool | None:
     return bool(born(lease["pid"]) == lease["start"])
 
 
-def reap(study: Study, trials: Sequence[FrozenTrial], leases: Leases) -> list[int]:
+def reap(
+    study: Study, running: Sequence[FrozenTrial], verdicts: Mapping[str, Any], leases: Leases
+) -> list[int]:
     """Close the trials that nobody runs any more; to be called in a turn.
 
     One whose end was written down is told as it ended. The others are told FAIL with ``outcome = "lost"``:
@@ -130,7 +132,8 @@ def reap(study: Study, trials: Sequence[FrozenTrial], leases: Leases) -> list[in
 
     Args:
         study: Their study.
-        trials: All of its trials.
+        running: Those of its trials that are not finished.
+        verdicts: Trial number → state and value, where they were written down.
         leases: Of this process.
 
     Returns:
@@ -139,12 +142,9 @@ def reap(study: Study, trials: Sequence[FrozenTrial], leases: Leases) -> list[in
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    verdicts: dict[str, list[Any]] = {}
-    for trial in trials:
-        verdicts |= trial.user_attrs.get(VERDICTS, {})
     closed = []
-    for trial in trials:
-        if trial.state != TrialState.RUNNING or not leases.lost(trial):
+    for trial in running:
+        if not leases.lost(trial):
             continue
         state, value = verdicts.get(str(trial.number), ("FAIL", None))
         with suppress(UpdateFinishedTrialError):

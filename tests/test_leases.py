@@ -18,6 +18,7 @@ from mupx import leases as lease_module
 from mupx import study as store
 from mupx.leases import LEASE, VERDICTS, Leases, alive, reap
 from mupx.processes import born
+from mupx.search.slots import Ledger
 
 GRACE = 60.0
 
@@ -68,7 +69,8 @@ def dead() -> dict[str, Any]:
 
 
 def closed(study: Any, leases: Leases) -> list[int]:
-    return reap(study, study.get_trials(deepcopy=False), leases)
+    ledger = Ledger(0, study.get_trials(deepcopy=False))
+    return reap(study, ledger.running, ledger.verdicts, leases)
 
 
 def test_on_one_machine_the_end_of_a_process_is_seen_at_once(study, own, sleeper):

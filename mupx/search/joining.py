@@ -81,7 +81,7 @@ def join(
         identity = experiment.identity(search=True)
         refuse_difference(f"study {study.study_name!r}", stored["identity"], identity, ADVICE)
         experiment = experiment.updated(changes or {})
-        if slots.complete(study.get_trials(deepcopy=False), experiment.search.trials):
+        if slots.Ledger(experiment.search.trials, study.get_trials(deepcopy=False)).complete:
             return []
         _remark_versions(stored["versions"], remark)
         evaluation, facts, study.pruner = preparing.proxy(experiment, None)

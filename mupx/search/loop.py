@@ -249,7 +249,11 @@ def _existing(task: _Task) -> Study | None:
 
 
 def _complete(study: Study, experiment: Experiment) -> bool:
-    return slots.complete(study.get_trials(deepcopy=False), experiment.search.trials)
+    return _ledger(study, experiment).complete
+
+
+def _ledger(study: Study, experiment: Experiment) -> slots.Ledger:
+    return slots.Ledger(experiment.search.trials, study.get_trials(deepcopy=False))
 
 
 def _make(task: _Task) -> tuple[Study, Evaluation]:
@@ -282,9 +286,7 @@ def _refuse_double(study: Study) -> None:
 def _search_together(task: _Task, study: Study, workers: int, progress: Progress | None) -> None:
     """Let processes of their own search, and say what they find."""
     experiment, gpus = task.experiment, devices.gpus()
-    places = slots.taken(study.get_trials(deepcopy=False)).values()
-    left = experiment.search.trials - sum(trial.state in slots.COUNTED for trial in places)
-    workers = min(workers, max(left, 1))
+    workers = min(workers, max(_ledger(study, experiment).left, 1))
     threads = devices.threads_each(workers, experiment.train.threads, devices.cores())
     allowed = list(dict.fromkeys(experiment.own_code.values()))
     commands = [

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from mupx.config import Experiment, Hyperparameters
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
 from mupx.leases import LEASE, Leases, reap
-from mupx.search import choice, sampling, slots
+from mupx.search import sampling, slots
 from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.objective import Evaluation, Outcome, stops_the_search, told_value
 from mupx.search.trials import Ended, Reporter, TrialInfo
 from mupx.storage import patiently, redact, storage_errors
-from mupx.study import finished
 from mupx.turns import turn
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Search:
     progress: Progress | None = None
     told: list[TrialInfo] = field(default_factory=list)
 
+    @cached_property
+    def ledger(self) -> slots.Ledger:
+        """What is known of the study's trials."""
+        return slots.Ledger(self.experiment.search.trials)
+
     def run(self) -> None:
         """Run trials until all places are filled, also those of workers that are gone by then.
 
@@ -67,7 +72,7 @@ class Search:
         failures: list[Exception] = []
         streak = 0
         with self.leases:
-            while not self.complete():
+            while True:
                 idle = True
                 for info, error in self._some():
                     idle = False
@@ -76,27 +81,24 @@ class Search:
                     if error is not None:
                         failures.append(error)
                         _stop_if_hopeless(failures, streak, self.experiment.search.trials)
+                if idle and self.ledger.complete:
+                    break
                 if idle:
                     time.sleep(IDLE)
-
-    def complete(self) -> bool:
-        """Whether the search is over."""
-        return slots.complete(self._trials(), self.experiment.search.trials)
 
     def patiently(self, call: Callable[[], T]) -> T:
         """Do what may be done twice, and wait for a storage that is away."""
         with storage_errors(self.url):
             return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self.patiently(lambda: self.study.get_trials(deepcopy=False))
+    def _look(self) -> None:
+        self.ledger.read(self.study.get_trials(deepcopy=False))
 
     def _say(self, info: TrialInfo) -> None:
         self.told.append(info)
         if self.progress is not None:
-            best = self.patiently(lambda: choice.usable(self.study))
-            done = len(self.patiently(lambda: finished(self.study)))
-            self.progress(done, self.experiment.search.trials, best[0].value if best else None, info)
+            self.patiently(self._look)
+            self.progress(self.ledger.counted, self.ledger.wanted, self.ledger.best, info)
 
     def _some(self) -> Iterator[tuple[TrialInfo, Exception | None]]:
         size = self.experiment.search.population
@@ -122,37 +124,40 @@ class Search:
         made = self.patiently(self._create)
         if made is None:
             return None
-        trial_id, place, trials = made
+        trial_id, place = made
         self.leases.hold(trial_id)
-        search, running = self.experiment.search, [t for t in trials if t.state == TrialState.RUNNING]
+        search, ledger = self.experiment.search, self.ledger
         self.study.sampler = sampling.sampler(
             search.sampler,
             search.space,
             search.seed,
             place,
-            slots.attempts(trials, place),
-            sum(t.state in slots.COUNTED for t in trials),
-            len(running),
+            ledger.attempts(place),
+            ledger.counted,
+            len(ledger.running),
         )
+        # What Optuna's samplers see is kept from `study.ask` to `study.tell`: of a batch, each trial but the
+        # first would be drawn as if the others did not exist.
+        self.study._thread_local.cached_all_trials = None
         try:
             return self.patiently(lambda: optuna.Trial(self.study, trial_id))
         except BaseException:
             self._give_back(trial_id)
             raise
 
-    def _create(self) -> tuple[int, int, Sequence[FrozenTrial]] | None:
+    def _create(self) -> tuple[int, int] | None:
         """Make a trial that is held from the start: a process may be killed after any operation."""
         with turn(self.study):
-            trials = self.study.get_trials(deepcopy=False)
-            if reap(self.study, trials, self.leases):
-                trials = self.study.get_trials(deepcopy=False)
-            places = slots.free(trials, self.experiment.search.trials)
-            if not places:
+            self._look()
+            if reap(self.study, self.ledger.running, self.ledger.verdicts, self.leases):
+                self._look()
+            place = self.ledger.free()
+            if place is None:
                 return None
-            own = {slots.SLOT: places[0], LEASE: self.leases.lease()}
+            own = {slots.SLOT: place, LEASE: self.leases.lease()}
             template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=own)
             made = self.study._storage.create_new_trial(self.study._study_id, template_trial=template)
-        return made, places[0], trials
+        return made, place
 
     def suggest(self, trial: Trial) -> Hyperparameters:
         """Draw a trial's values beside those that are fixed."""
@@ -174,7 +179,7 @@ class Search:
         started = time.perf_counter() - spent
         try:
             outcome = evaluate()
-            value = told_value(outcome, self.patiently(lambda: finished(self.study)))
+            value = told_value(outcome, self.ledger.extremes)
         except Exception as error:
             if stops_the_search(error):
                 raise
@@ -202,10 +207,7 @@ class Search:
 
         def told() -> bool:
             with turn(self.study):
-                now = self.study._storage.get_trial(ended.trial._trial_id)
-                if now.state == TrialState.RUNNING:
-                    self.study.tell(ended.trial, ended.told, state=ended.state)
-                    return True
+                now = self.study.tell(ended.trial, ended.told, state=ended.state, skip_if_finished=True)
                 return now.state == ended.state and now.user_attrs.get("outcome") != "lost"
 
         with suppress(Exception) if ended.error is not None else nullcontext():

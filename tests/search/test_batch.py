@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from mupx import study as store
@@ -61,6 +62,19 @@ def test_a_sampler_that_learns_does_not_ask_twice_for_one_point(training, tmp_pa
     """Without a word about those that are running, TPE asks for the neighbourhood of one optimum."""
     params = [p for p, *_ in record_of(several(5, **{"search.trials": 15}), tmp_path / "a")]
     assert len({tuple(p.values()) for p in params}) == 15
+
+
+def test_a_sampler_that_learns_sees_those_that_are_running(training, tmp_path, monkeypatch):
+    whole, seen = TPESampler.sample_relative, []
+
+    def looking(sampler, study, trial, space):
+        trials = study._get_trials(deepcopy=False, use_cache=True)  # as the sampler does
+        seen.append(sum(t.state == TrialState.RUNNING for t in trials))
+        return whole(sampler, study, trial, space)
+
+    monkeypatch.setattr(TPESampler, "sample_relative", looking)
+    loop.tune(several(5, **{"search.trials": 15}), run_dir=tmp_path / "a")
+    assert seen == [1, 2, 3, 4, 5]
 
 
 def test_every_running_trial_of_a_batch_is_held(training, tmp_path, monkeypatch):

@@ -184,14 +184,15 @@ def test_workers_end_with_their_parent_and_the_same_command_continues(tmp_path, 
 @pytest.mark.parametrize("alone", [True, False])
 def test_two_that_ask_at_once_take_two_places_because_they_take_turns(training, tmp_path, monkeypatch, alone):
     made = make(synthetic.experiment(**{"search.trials": 4}), run_dir=tmp_path / "a")
-    right, taken = slots.free, []
+    right, taken, both = slots.Ledger.free, [], threading.Barrier(2)
 
-    def slow(*arguments: Any) -> list[int]:
-        found = right(*arguments)
-        time.sleep(0.2)
+    def slow(ledger: slots.Ledger) -> int | None:
+        found = right(ledger)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5 if alone else 30)
         return found
 
-    monkeypatch.setattr(slots, "free", slow)
+    monkeypatch.setattr(slots.Ledger, "free", slow)
     monkeypatch.setattr(Leases, "lost", lambda leases, trial: False)  # both are of this process
     if not alone:  # the wrong way: nobody waits for the other
         monkeypatch.setattr(worker, "turn", lambda study: nullcontext())
