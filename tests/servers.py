@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
+
 USER, PASSWORD = "ann", "s3cr3t-hunter2"
 SEARCHED = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt/postgresql")
 
@@ -24,6 +26,13 @@ def binaries() -> Path | None:
     on_path = shutil.which("initdb")
     found += [Path(on_path).parent] if on_path else []
     return max(found, key=lambda path: (len(str(path)), str(path)), default=None)
+
+
+def _account() -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        return None
 
 
 def missing() -> str | None:
@@ -39,17 +48,17 @@ def missing() -> str | None:
     return None
 
 
+# The value of a parameter that stands for a server, with its marks.
+POSTGRES = pytest.param(
+    "postgresql",
+    marks=[pytest.mark.postgres, pytest.mark.skipif(missing() is not None, reason=str(missing()))],
+)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _account() -> pwd.struct_passwd | None:
-    try:
-        return pwd.getpwnam("postgres")
-    except KeyError:
-        return None
 
 
 class Postgres:

@@ -37,6 +37,7 @@ LEVELS = {
     "mupx.study": 1,
     "mupx.storage": 1,
     "mupx.journal": 1,
+    "mupx.bulk": 1,
     "mupx.turns": 1,
     "mupx.leases": 1,
     "mupx.slurm": 1,

@@ -84,7 +84,7 @@ def write_down(ended: Sequence[Ended]) -> None:
 def _evaluate(
     search: Search, evaluation: BatchEvaluation, trials: Sequence[Trial], chosen: Sequence[Hyperparameters]
 ) -> list[Ended]:
-    reporters = [search.reporter(trial) for trial in trials]
+    reporters = search.reporters(trials)
 
     def report(member: int, step: int, total: int, value: float) -> bool:
         return reporters[member](step, total, value)
@@ -100,4 +100,7 @@ def _evaluate(
         known = outcomes[member]
         return evaluation(chosen[member], partial(report, member)) if known is None else known
 
-    return [search.judge(trial, partial(outcome_of, member), share) for member, trial in enumerate(trials)]
+    return [
+        search.judge(reporter, partial(outcome_of, member), share)
+        for member, reporter in enumerate(reporters)
+    ]

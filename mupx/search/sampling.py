@@ -29,7 +29,7 @@ from mupx.usercode import is_reference
 if TYPE_CHECKING:
     from optuna import Study
 
-REPORTS = 12  # reports per trial: each costs a few milliseconds of database
+REPORTS = 12  # reports per trial
 RUNGS = 6  # reports per trial of a population: every other one of those
 STARTUP = 10  # quasi-random trials before a model is fitted (TPE and GP)
 PRUNE_AFTER = 10  # complete trials before the first one may be pruned

@@ -52,11 +52,22 @@ class Ledger:
         for trial in islice(trials, self._read, None):
             self._recent.add(trial)
         self.running = [t for t in islice(trials, self._read, None) if t.state == TrialState.RUNNING]
+        self._told: list[float | None] = []
+
+    def told(self, state: TrialState, value: float | None) -> None:
+        """Count a trial of this process that has just been told, until the next look.
+
+        Args:
+            state: Its state.
+            value: Where it ran to the end and did not diverge.
+        """
+        if state in COUNTED:
+            self._told.append(value)
 
     @property
     def counted(self) -> int:
         """Number of trials that fill a place."""
-        return self._settled.counted + self._recent.counted
+        return self._settled.counted + self._recent.counted + len(self._told)
 
     @property
     def verdicts(self) -> Mapping[str, Any]:
@@ -66,7 +77,8 @@ class Ledger:
     @property
     def best(self) -> float | None:
         """Lowest value of a trial that ran to the end and did not diverge."""
-        return min((d.best for d in self._both() if d.best is not None), default=None)
+        found = [*(digest.best for digest in self._both()), *self._told]
+        return min((value for value in found if value is not None), default=None)
 
     @property
     def extremes(self) -> list[FrozenTrial]:

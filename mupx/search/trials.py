@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
 
+from mupx import bulk
 from mupx.search import sampling
 from mupx.search.objective import Outcome
+from mupx.storage import redact
 
 if TYPE_CHECKING:
-    from optuna import Trial
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+BEHIND = 1.0  # seconds for which reports are kept back, and for which the pruner's list of trials is used
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,87 @@ class TrialInfo:
     seconds: float
 
 
+class Reporter:
+    """Keeps what a trial reports on the way, and says whether to stop.
+
+    Reports are written when the last ones are a second old, and by :meth:`flush`: a short trial costs its
+    storage one transaction, and whoever watches a long one is a second behind. The pruner looks at every
+    report, and at the finished trials as they were at most a second ago.
+
+    Args:
+        trial: The trial.
+        patiently: Calls what may be called twice, and waits for a storage that is away.
+        finished: The complete trials, for the pruner.
+    """
+
+    def __init__(
+        self, trial: Trial, patiently: Callable[[Callable[[], bool]], bool], finished: Complete
+    ) -> None:
+        self.trial, self.patiently, self.finished = trial, patiently, finished
+        self.values: dict[int, float] = {}
+        self._unwritten: dict[int, float] = {}
+        self._attributes: set[str] = set()  # those that are written
+        self._written_at = time.monotonic()
+
+    def __call__(self, step: int, total: int, value: float) -> bool:
+        """Report the objective at a step, and return whether to stop: it is pruned, or nobody's any more."""
+        if not math.isfinite(value):
+            return False  # training notices divergence itself; the storage sees finite numbers only
+        if step <= max(self.values, default=0):
+            return False  # a member that left its population and was run again by itself
+        self.values[step] = self._unwritten[step] = value
+        if time.monotonic() - self._written_at > BEHIND and not self.flush():
+            return True
+        # The pruner reads every trial from the storage, only to say no before a third of the way.
+        return step >= sampling.earliest_pruning(total) and self.patiently(self._pruned)
+
+    def flush(self, attributes: Mapping[str, Any] | None = None) -> bool:
+        """Write what is not written yet, and attributes; False where the trial is finished by now."""
+        return self.patiently(lambda: self.write(attributes or {}))
+
+    def write(self, attributes: Mapping[str, Any], end: bulk.End | None = None) -> bool:
+        """Do as :meth:`flush` does, and end the trial, without patience."""
+        unwritten = {key: item for key, item in attributes.items() if key not in self._attributes}
+        try:
+            bulk.write(self.trial.study, self.trial._trial_id, unwritten, self._unwritten, end)
+        except UpdateFinishedTrialError:
+            return False
+        self._attributes |= unwritten.keys()
+        self._unwritten, self._written_at = {}, time.monotonic()
+        return True
+
+    def _pruned(self) -> bool:
+        seen = create_trial(state=TrialState.RUNNING, intermediate_values=self.values)
+        return self.trial.study.pruner.prune(self.finished, seen)  # type: ignore[arg-type]
+
+
+class Complete:
+    """The complete trials of a study, read at most once a second; what Optuna's pruners ask of a study.
+
+    Args:
+        study: The study.
+        trials: All of its trials, as they are now.
+    """
+
+    def __init__(self, study: Study, trials: Iterable[FrozenTrial]) -> None:
+        self._study, self._read_at = study, time.monotonic()
+        self._trials = [t for t in trials if t.state == TrialState.COMPLETE]
+        self.direction, self.directions = StudyDirection.MINIMIZE, [StudyDirection.MINIMIZE]
+
+    def get_trials(self, deepcopy: bool = False, states: object = None) -> list[FrozenTrial]:
+        """Return them."""
+        if time.monotonic() - self._read_at > BEHIND:
+            self._trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            self._read_at = time.monotonic()
+        return self._trials
+
+
 @dataclass(frozen=True)
 class Ended:
     """A trial that is over and not told yet.
 
     Attributes:
-        trial: The trial.
+        reporter: What the trial reported to.
         outcome: What was found; None when it raised.
         value: What is told of it, likewise.
         seconds: What it cost.
@@ -41,12 +123,17 @@ class Ended:
         lost: Its place was given to another trial while this process was not heard of.
     """
 
-    trial: Trial
+    reporter: Reporter
     outcome: Outcome | None
     value: float | None
     seconds: float
     error: Exception | None = None
     lost: bool = False
+
+    @property
+    def trial(self) -> Trial:
+        """The trial."""
+        return self.reporter.trial
 
     @property
     def state(self) -> TrialState:
@@ -61,8 +148,23 @@ class Ended:
         return self.value if self.state == TrialState.COMPLETE else None
 
     @property
+    def end(self) -> bulk.End:
+        """What the storage keeps."""
+        reports = self.reporter.values
+        last = reports[max(reports)] if reports and self.state == TrialState.PRUNED else None
+        return bulk.End(self.state, self.told if last is None else last)
+
+    @property
+    def useful(self) -> float | None:
+        """Its value, where it ran to the end and did not diverge."""
+        return self.value if self.outcome is not None and self.outcome.outcome == "finished" else None
+
+    @property
     def attributes(self) -> dict[str, Any]:
-        """What is kept with a trial that did not raise."""
+        """What is kept with the trial."""
+        if self.error is not None:
+            log = getattr(self.error, "details", "") or said(self.error)
+            return {"outcome": "failed", "error": redact(log)[-2000:]}
         if self.outcome is None:
             return {}
         found = {**self.outcome.attributes, "outcome": self.outcome.outcome, "seconds": self.seconds}
@@ -79,36 +181,6 @@ class Ended:
         return TrialInfo(self.trial.number, outcome, self.value, self.trial.params, self.seconds)
 
 
-class Reporter:
-    """Hands a value on the way to Optuna, and says whether to stop.
-
-    Args:
-        trial: The trial.
-        patiently: Calls what may be called twice, and waits for a storage that is away.
-    """
-
-    def __init__(self, trial: Trial, patiently: Callable[[Callable[[], bool]], bool]) -> None:
-        self.trial, self.patiently = trial, patiently
-        self.reported = 0
-
-    def __call__(self, step: int, total: int, value: float) -> bool:
-        """Report the objective at a step, and return whether to stop: it is pruned, or nobody's any more."""
-        if not math.isfinite(value):
-            return False  # training notices divergence itself; the storage sees finite numbers only
-        if step <= self.reported:
-            return False  # a member that left its population and was run again by itself
-        self.reported = step
-        written = False
-
-        def reported() -> bool:
-            nonlocal written
-            try:
-                if not written:
-                    self.trial.report(value, step)
-            except UpdateFinishedTrialError:
-                return True
-            written = True
-            # The pruner reads every trial from the storage, only to say no before a third of the way.
-            return step >= sampling.earliest_pruning(total) and self.trial.should_prune()
-
-        return self.patiently(reported)
+def said(error: Exception) -> str:
+    """Return what is said of an exception, with passwords hidden."""
+    return redact(f"{type(error).__name__}: {error}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from mupx.config import Experiment, Hyperparameters
@@ -20,8 +19,8 @@ from mupx.leases import LEASE, Leases, reap
 from mupx.search import sampling, slots
 from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.objective import Evaluation, Outcome, stops_the_search, told_value
-from mupx.search.trials import Ended, Reporter, TrialInfo
-from mupx.storage import patiently, redact, storage_errors
+from mupx.search.trials import Complete, Ended, Reporter, TrialInfo, said
+from mupx.storage import patiently, storage_errors
 from mupx.turns import turn
 
 if TYPE_CHECKING:
@@ -92,12 +91,15 @@ class Search:
             return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
 
     def _look(self) -> None:
-        self.ledger.read(self.study.get_trials(deepcopy=False))
+        trials = self.study.get_trials(deepcopy=False)
+        self.ledger.read(trials)
+        # Optuna keeps what its samplers see from `study.ask` to `study.tell`. Neither is called here: of a
+        # batch, each trial but the first would be drawn as if the others did not exist.
+        self.study._thread_local.cached_all_trials = trials
 
     def _say(self, info: TrialInfo) -> None:
         self.told.append(info)
         if self.progress is not None:
-            self.patiently(self._look)
             self.progress(self.ledger.counted, self.ledger.wanted, self.ledger.best, info)
 
     def _some(self) -> Iterator[tuple[TrialInfo, Exception | None]]:
@@ -111,12 +113,12 @@ class Search:
         trial = self.ask()
         if trial is None:
             return
+        reporter = self.reporters([trial])[0]
         try:
-            ended = self.judge(trial, lambda: self.evaluation(self.suggest(trial), self.reporter(trial)))
+            ended = self.judge(reporter, lambda: self.evaluation(self.suggest(trial), reporter))
         except BaseException:  # Ctrl-C, SIGTERM
             self.abandon(trial)
             raise
-        self.keep(ended)
         yield self.tell(ended)
 
     def ask(self) -> Trial | None:
@@ -136,9 +138,6 @@ class Search:
             ledger.counted,
             len(ledger.running),
         )
-        # What Optuna's samplers see is kept from `study.ask` to `study.tell`: of a batch, each trial but the
-        # first would be drawn as if the others did not exist.
-        self.study._thread_local.cached_all_trials = None
         try:
             return self.patiently(lambda: optuna.Trial(self.study, trial_id))
         except BaseException:
@@ -164,15 +163,16 @@ class Search:
         values = self.patiently(lambda: sampling.suggest(trial, self.experiment.search.space))
         return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **values})
 
-    def reporter(self, trial: Trial) -> Reporter:
-        """Return what a trial reports to."""
-        return Reporter(trial, self.patiently)
+    def reporters(self, trials: Sequence[Trial]) -> list[Reporter]:
+        """Return what trials that are trained at the same time report to."""
+        complete = Complete(self.study, self.study._thread_local.cached_all_trials or ())
+        return [Reporter(trial, self.patiently, complete) for trial in trials]
 
-    def judge(self, trial: Trial, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
+    def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
         """Evaluate a trial; what only this one raises is a failure.
 
         Args:
-            trial: The trial.
+            reporter: What it reports to.
             evaluate: Does it.
             spent: Seconds that went into it before.
         """
@@ -183,37 +183,30 @@ class Search:
         except Exception as error:
             if stops_the_search(error):
                 raise
-            return Ended(trial, None, None, time.perf_counter() - started, error)
-        return Ended(trial, outcome, value, time.perf_counter() - started)
+            return Ended(reporter, None, None, time.perf_counter() - started, error)
+        return Ended(reporter, outcome, value, time.perf_counter() - started)
 
     def keep(self, ended: Ended) -> bool:
         """Keep with a trial what was found, before it is told; False where it is somebody else's by now."""
-
-        def kept() -> bool:
-            try:
-                for key, item in ended.attributes.items():
-                    ended.trial.set_user_attr(key, item)
-            except UpdateFinishedTrialError:
-                return False
-            return True
-
-        if ended.error is not None:
-            self._note_failure(ended.trial, ended.error)
-            return True
-        return self.patiently(kept)
+        return ended.reporter.flush(ended.attributes)
 
     def tell(self, ended: Ended) -> tuple[TrialInfo, Exception | None]:
         """Tell how a trial ended, unless its place was given to another one meanwhile."""
+        trial_id = ended.trial._trial_id
 
         def told() -> bool:
             with turn(self.study):
-                now = self.study.tell(ended.trial, ended.told, state=ended.state, skip_if_finished=True)
+                if ended.reporter.write(ended.attributes, ended.end):
+                    return True
+                # By this process, which was not told so, or by another.
+                now = self.study._storage.get_trial(trial_id)
                 return now.state == ended.state and now.user_attrs.get("outcome") != "lost"
 
         with suppress(Exception) if ended.error is not None else nullcontext():
             if not self.patiently(told):
-                ended = Ended(ended.trial, None, None, ended.seconds, lost=True)
-        self.leases.release(ended.trial._trial_id)
+                ended = Ended(ended.reporter, None, None, ended.seconds, lost=True)
+        self.ledger.told(ended.state, ended.useful)
+        self.leases.release(trial_id)
         return ended.info, ended.error
 
     def abandon(self, trial: Trial) -> None:
@@ -227,20 +220,10 @@ class Search:
             self.study._storage.set_trial_user_attr(trial_id, "outcome", "interrupted")
             self.study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
-    def _note_failure(self, trial: Trial, error: Exception) -> None:
-        with suppress(Exception):
-            trial.set_user_attr("outcome", "failed")
-            log = getattr(error, "details", "") or _text(error)
-            trial.set_user_attr("error", redact(log)[-2000:])
-
-
-def _text(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {error}")
-
 
 def _shape(error: Exception) -> str:
     # A message with the trial's own numbers in it is still the same message.
-    return re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", _text(error))
+    return re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", said(error))
 
 
 def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> None:
@@ -249,7 +232,7 @@ def _stop_if_hopeless(failures: list[Exception], streak: int, wanted: int) -> No
     if not same and len(failures) <= max(SAME_ERRORS, wanted):
         return
     count = "3 times in a row with the same error" if same else f"{len(failures)} times"
-    message = f"a trial failed {count} ({_text(failures[-1])}); "
+    message = f"a trial failed {count} ({said(failures[-1])}); "
     if all(map(out_of_memory, last)):
         raise NoResultError(message + "use a smaller batch, width or model") from failures[-1]
     message += "correct the code that raised it and run the same command again"

@@ -138,7 +138,6 @@ def test_a_killed_search_resumes_to_the_undisturbed_one(training, tmp_path, undi
 
     resumed = reopen(loop.tune(synthetic.experiment(), run_dir=tmp_path / "a"))
     assert [t.user_attrs.get("outcome") for t in resumed.trials].count("lost") == 1
-    assert resumed.trials[11].intermediate_values  # it had reported before it was killed
     assert synthetic.record(resumed) == undisturbed
 
 

@@ -1,16 +1,19 @@
 """The pruner on real curves: 36 narrow networks, replayed in many random orders."""
 
+import math
 import random
 
 import optuna
 import pytest
 import torch
+from optuna.trial import TrialState
 
 from mupx import training
 from mupx.config import Experiment
-from mupx.search import sampling
+from mupx.search import sampling, trials
 
 ORDERS = 100
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 STEPS = 60
 
 
@@ -115,6 +118,53 @@ def test_nothing_is_pruned_before_a_third_of_the_steps_or_among_the_first_trials
             study.tell(trial, final)
     assert stopped[0] == (sampling.PRUNE_AFTER, 4)
     assert {step for _, step in stopped} == {4}
+
+
+def test_a_reporter_prunes_what_optuna_would():
+    draw = random.Random(0)
+    study = optuna.create_study(pruner=sampling.pruner("median", 12))
+    pruned = 0
+    for _ in range(40):
+        trial, reporter = reported_to(study)
+        level, stop = draw.random(), False
+        for step in range(1, 13):
+            trial.report(level / step, step)
+            stop = reporter(step, 12, level / step)
+            assert stop == trial.should_prune()
+            if stop:
+                break
+        pruned += stop
+        study.tell(trial, None if stop else level, state=PRUNED if stop else COMPLETE)
+    assert 5 < pruned < 30
+
+
+@pytest.mark.parametrize("pause", [0.4, 0.0])
+def test_reports_are_written_when_the_last_ones_are_a_second_old(monkeypatch, pause):
+    study, now = optuna.create_study(), 100.0
+    monkeypatch.setattr(trials.time, "monotonic", lambda: now)
+    trial, reporter = reported_to(study)
+    for step in range(1, 5):
+        now += pause
+        reporter(step, 12, 1.0)
+    (seen,) = study.trials
+    assert seen.intermediate_values == ({1: 1.0, 2: 1.0, 3: 1.0} if pause else {})
+    assert reporter.flush({"a": 1})
+    assert study.trials[0].intermediate_values == dict.fromkeys(range(1, 5), 1.0)
+    assert study.trials[0].user_attrs == {"a": 1}
+    study.tell(trial, 1.0)
+    assert not reporter.flush({"b": 2})
+
+
+def test_what_is_not_finite_or_was_reported_before_is_not_reported():
+    study = optuna.create_study()
+    _, reporter = reported_to(study)
+    assert not any(reporter(step, 12, value) for step, value in ((1, 2.0), (2, math.nan), (1, 3.0)))
+    assert reporter.values == {1: 2.0}
+
+
+def reported_to(study):
+    trial = study.ask()
+    return trial, trials.Reporter(trial, lambda call: call(), trials.Complete(study, study.get_trials()))
 
 
 def test_no_pruner_never_prunes():

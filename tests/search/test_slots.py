@@ -85,6 +85,18 @@ def test_what_a_ledger_says_of_values() -> None:
     assert {t.value for t in ledger.extremes} == {-3.0, 5.0}  # the lowest loss untrained, the worst value
 
 
+def test_a_trial_that_was_just_told_counts_once() -> None:
+    ledger = Ledger(4, [trial("finished", 0, 2.0)])
+    ledger.told(TrialState.COMPLETE, 1.0)
+    ledger.told(TrialState.PRUNED, None)
+    ledger.told(TrialState.FAIL, None)
+    assert (ledger.counted, ledger.best) == (3, 1.0)
+    ledger.read(
+        [trial("finished", 0, 2.0), trial("finished", 1, 1.0), trial("pruned", 2), trial("failed", 3)]
+    )
+    assert (ledger.counted, ledger.best) == (3, 1.0)
+
+
 def test_the_place_of_a_failed_or_lost_trial_is_free_again_and_failures_are_counted() -> None:
     trials = [
         trial("finished", 0),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reliability import workers as rounds
-from mupx import mounts, storage
+from mupx import bulk, mounts, storage
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
 from mupx.leases import Leases
 from mupx.schema import versions
@@ -27,18 +27,11 @@ from mupx.search import join, loop, make, opened, slots, worker
 from mupx.storage import JOURNAL
 from mupx.study import default_url, open_study
 from mupx.turns import turn
-from tests import servers
+from tests.servers import POSTGRES
 
 from . import synthetic
 
 ROOT = Path(__file__).parents[2]
-POSTGRES = pytest.param(
-    "postgresql",
-    marks=[
-        pytest.mark.postgres,
-        pytest.mark.skipif(servers.missing() is not None, reason=str(servers.missing())),
-    ],
-)
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +214,10 @@ def test_a_trial_that_was_given_away_is_not_told_twice(training, tmp_path, monke
             told.append(ended.trial.number)
             search.study._storage.set_trial_user_attr(ended.trial._trial_id, "outcome", "lost")
             search.study.tell(ended.trial.number, state=loop.TrialState.FAIL)
-        return keep(search, ended)
+        return tell(search, ended)
 
-    keep = worker.Search.keep
-    monkeypatch.setattr(worker.Search, "keep", given_away)
+    tell = worker.Search.tell
+    monkeypatch.setattr(worker.Search, "tell", given_away)
     said = []
     result = loop.tune(
         synthetic.experiment(**{"search.trials": 4}),
@@ -336,12 +329,10 @@ def test_sqlite_on_a_network_file_system_is_refused_with_the_alternative(trainin
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """Let every write of a report fail so many times, as a full disk or a lock would."""
-    from optuna.storages import RDBStorage
+    """Let every write of a trial's results fail so many times, as a full disk or a lock would."""
+    right, failures = bulk.write, []
 
-    right, failures = RDBStorage.set_trial_intermediate_value, []
-
-    def wrong(self: Any, *arguments: Any) -> None:
+    def wrong(*arguments: Any) -> None:
         if len(failures) < times:
             failures.append(1)
             from optuna.exceptions import StorageInternalError
@@ -349,9 +340,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
 
             cause = OperationalError("", {}, sqlite3.OperationalError("database or disk is full"))
             raise StorageInternalError("commit") from cause
-        right(self, *arguments)
+        right(*arguments)
 
-    monkeypatch.setattr(RDBStorage, "set_trial_intermediate_value", wrong)
+    monkeypatch.setattr(bulk, "write", wrong)
     monkeypatch.setattr(storage, "PAUSES", (0.01,))
     return failures
 
@@ -375,7 +366,7 @@ def test_a_storage_that_stays_away_is_exit_7_and_nothing_finished_is_lost(traini
         assert caught.value.exit_code == 7
     kept = reopen(tmp_path / "a").trials
     assert sum(t.state in slots.COUNTED for t in kept) >= 2
-    assert kept[-1].state not in slots.COUNTED  # the one that could not report
+    assert kept[-1].state not in slots.COUNTED  # the one that could not be written
     again = loop.tune(synthetic.experiment(**{"search.trials": 6}), run_dir=tmp_path / "a")
     assert again.counts["total"] == 6
 
