@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,17 +97,19 @@ class Complete:
         trials: All of its trials, as they are now.
     """
 
-    def __init__(self, study: Study, trials: Iterable[FrozenTrial]) -> None:
-        self._study, self._read_at = study, time.monotonic()
-        self._trials = [t for t in trials if t.state == TrialState.COMPLETE]
+    def __init__(self, study: Study, trials: Sequence[FrozenTrial]) -> None:
+        self._study, self._trials, self._read_at = study, trials, time.monotonic()
+        self._complete: list[FrozenTrial] | None = None
         self.direction, self.directions = StudyDirection.MINIMIZE, [StudyDirection.MINIMIZE]
 
     def get_trials(self, deepcopy: bool = False, states: object = None) -> list[FrozenTrial]:
         """Return them."""
         if time.monotonic() - self._read_at > BEHIND:
-            self._trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            self._trials, self._complete = self._study.get_trials(deepcopy=False), None
             self._read_at = time.monotonic()
-        return self._trials
+        if self._complete is None:  # most trials of a search without a pruner never ask
+            self._complete = [t for t in self._trials if t.state == TrialState.COMPLETE]
+        return self._complete
 
 
 @dataclass(frozen=True)
