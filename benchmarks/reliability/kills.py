@@ -75,7 +75,7 @@ def train(optimizer: str) -> Job:
 def tune(optimizer: str, seed: int) -> Job:
     """Search, with a model-based sampler and a pruner at work."""
     arguments = ("tune", "--optimizer", optimizer, "--width", "8", "--steps", "12", "--threads", "1")
-    arguments += ("--trials", "14", "--seed", str(seed), "--run-dir", RUN)
+    arguments += ("--trials", "14", "--seed", str(seed), "--run-dir", RUN, "--set", "search.patience=5")
     return Job("tune", f"{optimizer}, seed {seed}", arguments, _nothing, _searched, _opens)
 
 
