@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mupx import errors
-from mupx.cli import exit_code
+from mupx.cli import exit_code, spin_briefly
 
 MUPX = [sys.executable, "-m", "mupx"]
 
@@ -97,3 +97,22 @@ def test_a_reader_that_closes_the_pipe_early_gets_no_traceback(tmp_path):
     )
     os.close(write)
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_spin_briefly_unless_it_is_said_how(given, found):
+    environment = dict(given)
+    spin_briefly(environment)
+    assert environment.get("GOMP_SPINCOUNT") == found
+
+
+def test_it_is_said_before_torch_is_loaded(tmp_path):
+    code = "import os, sys, mupx.cli; sys.argv = ['mupx', '--help']\n"
+    code += "try: mupx.cli.main()\n"
+    code += "finally: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    own = {key: value for key, value in os.environ.items() if "GOMP" not in key and "OMP_WAIT" not in key}
+    ended = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert ended.stdout.endswith("False 1000\n"), ended.stderr
