@@ -63,7 +63,7 @@ def by_optuna(sampler: str, trials: int, folder: Path, row: Callable[[int], None
     space = {name: Range(**ends) for name, ends in SPACE.items()}
     study = open_study(file_url(folder / "study.db"), "optuna", create=True, identity=None)
     for done in range(trials):
-        study.sampler = sampling.sampler(sampler, space, 0, done, 0)
+        study.sampler = sampling.sampler(sampler, space, 0, done, 0, finished=done)
         trial = study.ask()
         study.tell(trial, bowl(Hyperparameters(**sampling.suggest(trial, space))))
         row(done + 1)

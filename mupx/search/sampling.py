@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 REPORTS = 12  # reports per trial
 RUNGS = 6  # reports per trial of a population: every other one of those
+MODELLED = 1000  # trials of which TPE makes its model, beside the best ones and those that run
 STARTUP = 10  # quasi-random trials before a model is fitted (TPE and GP)
 PRUNE_AFTER = 10  # complete trials before the first one may be pruned
 Box = Mapping[str, Range]
@@ -168,7 +169,14 @@ def trial_seed(seed: int, slot: int, attempt: int) -> int:
 
 
 def sampler(
-    name: str, space: Box, seed: int, slot: int, attempt: int = 0, finished: int = 0, running: int = 0
+    name: str,
+    space: Box,
+    seed: int,
+    slot: int,
+    attempt: int = 0,
+    finished: int = 0,
+    running: int = 0,
+    trials: Sequence[FrozenTrial] | None = None,
 ) -> BaseSampler:
     """Make the sampler of the next trial.
 
@@ -183,6 +191,7 @@ def sampler(
         attempt: Number of trials in this place that raised.
         finished: Number of finished trials.
         running: Number of other trials that are running.
+        trials: What TPE is to know; None lets it read the study.
     """
     own = trial_seed(seed, slot, attempt)
     if name == "qmc" or (name in ("tpe", "gp") and finished < STARTUP):
@@ -191,9 +200,11 @@ def sampler(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name == "tpe":
-            return TPESampler(
-                seed=own, multivariate=True, constant_liar=running > 0, n_startup_trials=STARTUP
-            )
+            options: dict[str, Any] = {"multivariate": True, "constant_liar": running > 0}
+            options |= {"seed": own, "n_startup_trials": STARTUP}
+            if trials is None:
+                return TPESampler(**options)
+            return InformedTPE(distributions(space), trials, **options)
         if name == "gp":
             return GPSampler(seed=own, n_startup_trials=STARTUP)
     return RandomSampler(seed=own)
@@ -240,6 +251,68 @@ def sobol_point(dimensions: int, seed: int, index: int) -> Sequence[float]:
 def earliest_pruning(total_steps: int) -> int:
     """Return the first step at which a trial may be pruned: a third of the way."""
     return -(-total_steps // 3)
+
+
+class InformedTPE(TPESampler):
+    """TPE that is told its search space and its trials, where Optuna's finds both out from the whole study.
+
+    Args:
+        space: What it draws; every trial has it.
+        trials: The trials its model is made of.
+        options: Of Optuna's sampler.
+    """
+
+    def __init__(
+        self, space: dict[str, FloatDistribution], trials: Sequence[FrozenTrial], **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._space, self._known = {k: v for k, v in space.items() if not v.single()}, trials
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the space."""
+        return dict(self._space)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw a point."""
+        known: Any = _Known(study, self._known)
+        return super().sample_relative(known, trial, search_space)
+
+
+class _Known:
+    """A study of which the sampler sees some trials."""
+
+    def __init__(self, study: Study, trials: Sequence[FrozenTrial]) -> None:
+        self._study, self._trials = study, trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, deepcopy: bool, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        return [t for t in self._trials if states is None or t.state in states]
+
+
+def told_to_tpe(
+    trials: Sequence[FrozenTrial], settled: int, best: Sequence[int], seed: int, slot: int
+) -> Sequence[FrozenTrial]:
+    """Return the trials of which TPE makes its model: all, or of many the best and a random thousand.
+
+    TPE compares the density of its best trials, 25 at most, with that of all others: a thousand of those
+    tell it what ten thousand do, and the time it takes stays the same.
+
+    Args:
+        trials: All trials of the study, in the order of their numbers.
+        settled: How many of the first ones are finished.
+        best: Numbers of the best of these.
+        seed: Seed of the whole search.
+        slot: Place of the trial that is drawn.
+    """
+    if settled <= MODELLED:
+        return trials
+    drawn = np.random.default_rng((seed, slot)).choice(settled, MODELLED, replace=False)
+    chosen = sorted({*drawn.tolist(), *best, *range(settled, len(trials))})
+    return [trials[number] for number in chosen]
 
 
 def pruner(name: str, total_steps: int) -> BasePruner:

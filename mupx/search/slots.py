@@ -7,6 +7,7 @@ depend on its place alone.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SLOT = "slot"  # attribute of a trial
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+LEADERS = 50  # best trials whose numbers are kept: twice as many as TPE calls good
 
 
 class Ledger:
@@ -81,6 +83,16 @@ class Ledger:
         return min((value for value in found if value is not None), default=None)
 
     @property
+    def settled(self) -> int:
+        """How many of the first trials are finished."""
+        return self._read
+
+    @property
+    def leaders(self) -> list[int]:
+        """Numbers of the best of these, the lowest values first."""
+        return [number for _, number in self._settled.leaders]
+
+    @property
     def extremes(self) -> list[FrozenTrial]:
         """The trials of the lowest loss before training, and of the highest value."""
         return [t for d in self._both() for t in (d.least_untrained, d.worst) if t is not None]
@@ -132,6 +144,7 @@ class _Digest:
         self.best: float | None = None
         self.least_untrained: FrozenTrial | None = None
         self.worst: FrozenTrial | None = None
+        self.leaders: list[tuple[float, int]] = []
 
     def add(self, trial: FrozenTrial) -> None:
         attrs, value = trial.user_attrs, trial.value
@@ -152,6 +165,9 @@ class _Digest:
             self.least_untrained = trial
         if value is None:
             return
+        if trial.state == TrialState.COMPLETE:
+            insort(self.leaders, (value, trial.number))
+            del self.leaders[LEADERS:]
         if trial.state == TrialState.COMPLETE and attrs.get("outcome") != "diverged":
             self.best = value if self.best is None else min(self.best, value)
         if worst is None or worst.value is None or value > worst.value:

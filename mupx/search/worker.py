@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mupx.config import Experiment, Hyperparameters
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
@@ -90,11 +90,14 @@ class Search:
         with storage_errors(self.url):
             return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
 
+    @property
+    def _seen(self) -> list[FrozenTrial]:
+        return self.study._thread_local.cached_all_trials or []
+
     def _look(self) -> None:
         trials = self.study.get_trials(deepcopy=False)
         self.ledger.read(trials)
-        # Optuna keeps what its samplers see from `study.ask` to `study.tell`. Neither is called here: of a
-        # batch, each trial but the first would be drawn as if the others did not exist.
+        # Samplers of Optuna's see what it has kept since `study.ask`, which is not called here.
         self.study._thread_local.cached_all_trials = trials
 
     def _say(self, info: TrialInfo) -> None:
@@ -137,6 +140,7 @@ class Search:
             ledger.attempts(place),
             ledger.counted,
             len(ledger.running),
+            sampling.told_to_tpe(self._seen, ledger.settled, ledger.leaders, search.seed, place),
         )
         try:
             return self.patiently(lambda: optuna.Trial(self.study, trial_id))
@@ -165,7 +169,7 @@ class Search:
 
     def reporters(self, trials: Sequence[Trial]) -> list[Reporter]:
         """Return what trials that are trained at the same time report to."""
-        complete = Complete(self.study, self.study._thread_local.cached_all_trials or ())
+        complete = Complete(self.study, self._seen)
         return [Reporter(trial, self.patiently, complete) for trial in trials]
 
     def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:

@@ -65,17 +65,18 @@ def test_a_sampler_that_learns_does_not_ask_twice_for_one_point(training, tmp_pa
 
 
 def test_a_sampler_that_learns_sees_those_that_are_running(training, tmp_path, monkeypatch):
-    whole, seen = TPESampler.sample_relative, []
+    whole, seen = TPESampler._sample, []
 
     def looking(sampler, study, trial, space):
-        trials = study._get_trials(deepcopy=False, use_cache=True)  # as the sampler does
-        others = [t for t in trials if t.number != trial.number]
-        seen.append(sum(t.state == TrialState.RUNNING for t in others))
+        trials = study._get_trials(deepcopy=False, use_cache=not sampler._constant_liar)  # as it does
+        running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
+        seen.append([sorted(sampler._get_params(t, study)) for t in running])
         return whole(sampler, study, trial, space)
 
-    monkeypatch.setattr(TPESampler, "sample_relative", looking)
+    monkeypatch.setattr(TPESampler, "_sample", looking)
     loop.tune(several(5, **{"search.trials": 15}), run_dir=tmp_path / "a")
-    assert seen == [0, 1, 2, 3, 4]
+    names = sorted(synthetic.experiment().search.space)
+    assert seen == [[names] * others for others in range(5)]  # and what they were given
 
 
 def test_every_running_trial_of_a_batch_is_held(training, tmp_path, monkeypatch):
