@@ -66,7 +66,7 @@ class Reporter:
         self.values[step] = self._unwritten[step] = value
         if time.monotonic() - self._written_at > BEHIND and not self.flush():
             return True
-        # The pruner reads every trial from the storage, only to say no before a third of the way.
+        # Before a third of the way the pruner only says no.
         return step >= sampling.earliest_pruning(total) and self.patiently(self._pruned)
 
     def flush(self, attributes: Mapping[str, Any] | None = None) -> bool:
