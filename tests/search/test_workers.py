@@ -155,7 +155,8 @@ def test_tune_with_workers_from_the_command_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_parent_and_the_same_command_continues(tmp_path, end):
-    flags = ["--workers", "2", "--trials", "3", "--steps", "2000", "--sampler", "random"]
+    # So many that one worker is not through with them before the other one has begun.
+    flags = ["--workers", "2", "--trials", "8", "--steps", "1000", "--sampler", "random"]
     with start_tune(tmp_path, *flags) as process:
         study = until(lambda: made_in(tmp_path / "run"))
         until(lambda: len(pids(study)) == 2)
@@ -167,7 +168,7 @@ def test_workers_end_with_their_parent_and_the_same_command_continues(tmp_path, 
     with start_tune(tmp_path, *flags) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert sorted(t.user_attrs[slots.SLOT] for t in rounds.finished_of(study)) == [0, 1, 2]
+    assert sorted(t.user_attrs[slots.SLOT] for t in rounds.finished_of(study)) == list(range(8))
     assert not any(t.state.name == "RUNNING" for t in study.trials)
 
 
