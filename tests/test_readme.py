@@ -92,6 +92,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("kills", "reliability/kills.py", 3),
         ("disks", "reliability/disks.py", 3),
         ("fuzz", "reliability/fuzz.py", 10),
+        ("long", "reliability/long_run.py", 12),
         ("peers", "peers.py", 12),
         ("memory", "peers.py --memory", 8),
         ("floor", "floor.py", 12),

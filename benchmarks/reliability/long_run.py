@@ -1,6 +1,6 @@
 """Ten thousand trials in one study: do memory and time per trial stay flat, and whose is what grows?
 
-    python benchmarks/reliability/long_run.py            # about twenty minutes on one core
+    python benchmarks/reliability/long_run.py            # about twenty-five minutes on one core
     python benchmarks/reliability/long_run.py --table    # from the committed results
     python benchmarks/reliability/long_run.py --smoke    # 200 trials
 
@@ -143,10 +143,10 @@ def main() -> None:
                 assert ended.code == 0, ended.err
                 print(f"{who} {sampler}: {read_rows(csv)[-1]}", flush=True)
             rows = read_rows(csv)
+        if not given.smoke:
+            draw(rows, given.csv.with_suffix(".png"))
     else:
         rows = read_rows(given.csv)
-    if not given.smoke:
-        draw(rows, given.csv.with_suffix(".png"))
     print("\n".join(table(rows)))
 
 
