@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from mupx.leases import alive, identity
 
 BLOCK = 65536  # bytes read at a time, from the end
 GRACE = 30  # seconds after which a lock that does not change is broken, where nothing is known of its holder
+SILENT = 5  # seconds of waiting of which nothing is said
 
 _log = logging.getLogger("mupx")
 
@@ -116,9 +118,12 @@ class SharedLock:
 
     def _take(self) -> None:
         self._mine = json.dumps({**identity(), "token": uuid4().hex})
-        seen, since, pause = "", time.monotonic(), 0.001
+        seen, since, pause, patient = "", time.monotonic(), 0.001, time.monotonic() + SILENT
         while not self._made():
             other, now = self._holder(), time.monotonic()
+            if now > patient:
+                _log.warning("waiting for %s, which another process holds", self.path)
+                patient = math.inf
             if other != seen:
                 seen, since, pause = other, now, 0.001
             if other and (_gone(other) or now - since > GRACE):

@@ -153,12 +153,15 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(path, caplog):
 
 
 @pytest.mark.parametrize("holder", ["", "torn {", "[]", json.dumps({"host": "elsewhere", "token": "a"})])
-def test_a_lock_of_which_nothing_is_known_is_broken_after_a_while(path, monkeypatch, holder):
+def test_a_lock_of_which_nothing_is_known_is_broken_after_a_while(path, monkeypatch, caplog, holder):
     study, lock = opened(path), path.with_name("study.log.lock")
     lock.write_text(holder)
     monkeypatch.setattr(journal, "GRACE", 0.3)
+    monkeypatch.setattr(journal, "SILENT", 0.1)
     began = time.monotonic()
-    study.set_user_attr("x", 1)
+    with caplog.at_level("WARNING", "mupx"):
+        study.set_user_attr("x", 1)
+    assert caplog.text.count("which another process holds") == 1
     assert time.monotonic() - began > 0.3
     assert not lock.exists()
 
