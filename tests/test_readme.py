@@ -73,7 +73,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
 @pytest.mark.parametrize(
     ("section", "script", "least"),
     [
-        ("warm", "transfer.py --setting warm-up --widths 64 128 256 512 1024 2048", 9),
+        ("warm", "transfer.py --setting warm-up --widths 64 128 256 512 1024 2048", 10),
         ("verdicts", "verdicts.py", 8),
         ("slopes", "slopes.py", 14),
         ("drift", "damping_drift.py", 4),
