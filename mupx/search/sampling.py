@@ -8,7 +8,7 @@ was killed and resumed propose the same trials as one that was not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def sampler(
     attempt: int = 0,
     finished: int = 0,
     running: int = 0,
-    trials: Sequence[FrozenTrial] | None = None,
+    known: Callable[[], Sequence[FrozenTrial]] | None = None,
 ) -> BaseSampler:
     """Make the sampler of the next trial.
 
@@ -191,7 +191,7 @@ def sampler(
         attempt: Number of trials in this place that raised.
         finished: Number of finished trials.
         running: Number of other trials that are running.
-        trials: What TPE is to know; None lets it read the study.
+        known: Returns the trials of which TPE makes its model; None lets it read the study.
     """
     own = trial_seed(seed, slot, attempt)
     if name == "qmc" or (name in ("tpe", "gp") and finished < STARTUP):
@@ -202,9 +202,9 @@ def sampler(
         if name == "tpe":
             options: dict[str, Any] = {"multivariate": True, "constant_liar": running > 0}
             options |= {"seed": own, "n_startup_trials": STARTUP}
-            if trials is None:
+            if known is None:
                 return TPESampler(**options)
-            return InformedTPE(distributions(space), trials, **options)
+            return InformedTPE(distributions(space), known(), **options)
         if name == "gp":
             return GPSampler(seed=own, n_startup_trials=STARTUP)
     return RandomSampler(seed=own)

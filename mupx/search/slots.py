@@ -36,7 +36,8 @@ class Ledger:
         trials: As for :meth:`read`.
 
     Attributes:
-        running: The trials that are unfinished.
+        trials: All trials, as they were at the last look.
+        running: Those that are unfinished.
     """
 
     def __init__(self, wanted: int, trials: Sequence[FrozenTrial] = ()) -> None:
@@ -47,6 +48,7 @@ class Ledger:
 
     def read(self, trials: Sequence[FrozenTrial]) -> None:
         """Look at a study's trials, all of them, in the order of their numbers."""
+        self.trials = trials
         while self._read < len(trials) and trials[self._read].state.is_finished():
             self._settled.add(trials[self._read])
             self._read += 1

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from mupx.config import Experiment, Hyperparameters
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
@@ -90,10 +90,6 @@ class Search:
         with storage_errors(self.url):
             return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
 
-    @property
-    def _seen(self) -> list[FrozenTrial]:
-        return self.study._thread_local.cached_all_trials or []
-
     def _look(self) -> None:
         trials = self.study.get_trials(deepcopy=False)
         self.ledger.read(trials)
@@ -140,7 +136,7 @@ class Search:
             ledger.attempts(place),
             ledger.counted,
             len(ledger.running),
-            sampling.told_to_tpe(self._seen, ledger.settled, ledger.leaders, search.seed, place),
+            partial(sampling.told_to_tpe, ledger.trials, ledger.settled, ledger.leaders, search.seed, place),
         )
         try:
             return self.patiently(lambda: optuna.Trial(self.study, trial_id))
@@ -169,7 +165,7 @@ class Search:
 
     def reporters(self, trials: Sequence[Trial]) -> list[Reporter]:
         """Return what trials that are trained at the same time report to."""
-        complete = Complete(self.study, self._seen)
+        complete = Complete(self.study, self.ledger.trials)
         return [Reporter(trial, self.patiently, complete) for trial in trials]
 
     def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:

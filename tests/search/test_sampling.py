@@ -154,7 +154,8 @@ def searched(trials, running=0):
 def drawn(study, slot, trials):
     states = [t.state for t in study.get_trials(deepcopy=False)]
     counts = {"finished": states.count(TrialState.COMPLETE), "running": states.count(TrialState.RUNNING)}
-    study.sampler = sampling.sampler("tpe", BOWL, 0, slot, trials=trials, **counts)
+    known = None if trials is None else lambda: trials
+    study.sampler = sampling.sampler("tpe", BOWL, 0, slot, known=known, **counts)
     trial = study.ask()
     point = sampling.suggest(trial, BOWL)
     study.tell(trial, state=TrialState.FAIL)
