@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mupx.linalg import eigh, trace
+from mupx.linalg import damped_inverse, eigh, trace
 
 SOLVERS = ("auto", "dense", "low-rank")
 SMALLEST = 512  # below, a dense inverse costs less than the calls to do anything else
@@ -45,12 +45,35 @@ class Columns(NamedTuple):
     trace: Tensor
 
 
-class LowRank(NamedTuple):
-    """A function of a damped factor: f(M + ρ I) X = rest · X + C (inner ⊙ Cᵀ X).
+class Spanned(NamedTuple):
+    """A factor M ≈ C Cᵀ whose columns are not orthogonal: an inverse needs no more, and no decomposition.
 
     Attributes:
         columns: C, ``[d, r]``.
-        inner: ``[r]``.
+        gram: Cᵀ C, ``[r, r]``.
+        dropped: Bound on ‖M − C Cᵀ‖₂, a scalar.
+        trace: tr(M), what was dropped included, a scalar.
+    """
+
+    columns: Tensor
+    gram: Tensor
+    dropped: Tensor
+    trace: Tensor
+
+    @property
+    def orthogonal(self) -> Columns:
+        """The same factor in its eigenbasis."""
+        values, vectors, _ = eigh(self.gram)
+        values = torch.where(trace(self.gram) > 0, values, 0.0)
+        return Columns(self.columns @ vectors, values, self.dropped, self.trace)
+
+
+class LowRank(NamedTuple):
+    """A function of a damped factor: f(M + ρ I) X = rest · X + C inner Cᵀ X.
+
+    Attributes:
+        columns: C, ``[d, r]``.
+        inner: ``[r, r]``, or its diagonal ``[r]`` where the columns are orthogonal.
         rest: f(ρ), a scalar.
     """
 
@@ -60,8 +83,9 @@ class LowRank(NamedTuple):
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Return f(M + ρ I) X for ``[d, n]``."""
-        C = self.columns
-        return torch.addmm(self.rest * X, C, self.inner[:, None] * (C.mT @ X))
+        C, inside = self.columns, self.columns.mT @ X
+        inside = self.inner @ inside if self.inner.ndim == 2 else self.inner[:, None] * inside
+        return torch.addmm(self.rest * X, C, inside)
 
     @property
     def flops(self) -> int:
@@ -130,14 +154,21 @@ def truncated(factor: Columns, budget: Tensor) -> Columns:
     return Columns(factor.columns[:, count:].contiguous(), factor.values[count:], dropped, factor.trace)
 
 
-def inverse(factor: Columns, ridge: Tensor) -> tuple[LowRank, Tensor]:
+def inverse(factor: Columns | Spanned, ridge: Tensor) -> tuple[LowRank, Tensor]:
     """Return (M + ρ I)⁻¹, and ok: False (and the result zero) for a zero or non-finite factor.
+
+    Of columns that are not orthogonal, by Woodbury's identity: (X − C (Cᵀ C + ρ I)⁻¹ Cᵀ X) / ρ.
 
     Args:
         factor: M.
         ridge: ρ > 0, a scalar tensor in the units of M.
     """
-    return _function(factor, ridge, 1.0)
+    if isinstance(factor, Columns):
+        return _function(factor, ridge, 1.0)
+    inside, ok = damped_inverse(factor.gram, ridge)
+    ok = ok & (ridge > 0)
+    rest = torch.where(ok, 1.0 / torch.where(ok, ridge, 1.0), 0.0)
+    return LowRank(factor.columns, -rest * inside, rest), ok
 
 
 def inverse_root(factor: Columns, root: float, ridge: Tensor) -> tuple[LowRank, Tensor]:
@@ -161,28 +192,38 @@ def _function(factor: Columns, rho: Tensor, power: float) -> tuple[LowRank, Tens
     return LowRank(factor.columns, torch.where(ok, inner, zero), torch.where(ok, rest, zero)), ok
 
 
-def state_of(side: str, factor: Columns, function: LowRank) -> dict[str, Tensor]:
+def state_of(side: str, factor: Columns | Spanned, function: LowRank) -> dict[str, Tensor]:
     """Return the tensors of a factor and its function, by the names an optimizer's state gives them.
 
     A factor that is not finite keeps what the state had: only its function, zero, is returned.
     """
     state = {f"columns_{side}": factor.columns, f"gain_{side}": function.inner, f"rest_{side}": function.rest}
-    if bool(factor.values.isfinite().all()):
+    spectrum = factor.values if isinstance(factor, Columns) else factor.gram
+    if bool(spectrum.isfinite().all()):
         rest = factor._asdict().items()
         state |= {f"{key}_{side}": value for key, value in rest if key != "columns"}
     return state
 
 
-def factor_in(state: Mapping[str, Tensor], side: str) -> Columns | None:
+def kept_in(state: Mapping[str, Tensor], side: str) -> Columns | Spanned | None:
     """Return the factor that :func:`state_of` put into an optimizer's state, or None."""
-    if f"values_{side}" not in state:
-        return None
-    return Columns(*(state[f"{key}_{side}"] for key in Columns._fields))
+    if f"values_{side}" in state:
+        return Columns(*(state[f"{key}_{side}"] for key in Columns._fields))
+    if f"gram_{side}" in state:
+        return Spanned(*(state[f"{key}_{side}"] for key in Spanned._fields))
+    return None
 
 
-def without_columns(state: dict[str, Tensor], side: str) -> None:
-    """Remove what :func:`state_of` put into an optimizer's state."""
-    for key in {*Columns._fields, "gain", "rest"}:
+def factor_in(state: Mapping[str, Tensor], side: str) -> Columns | None:
+    """Return the factor that :func:`kept_in` returns, in its eigenbasis."""
+    kept = kept_in(state, side)
+    return kept.orthogonal if isinstance(kept, Spanned) else kept
+
+
+def forget(state: dict[str, Tensor], side: str, but: type[Columns] | type[Spanned] | None = None) -> None:
+    """Remove what :func:`state_of` put into an optimizer's state, except the factor of one kind."""
+    kept = () if but is None else but._fields
+    for key in {*Columns._fields, *Spanned._fields, "gain", "rest"} - {*kept}:
         state.pop(f"{key}_{side}", None)
 
 

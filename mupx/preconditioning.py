@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mupx import lowrank
 from mupx.linalg import Scalar, damped_cholesky, damped_inverse, eigh, largest_eigenvalue, over, trace
-from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank
+from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank, Spanned
 
-Factor = Tensor | Columns
+Factor = Tensor | Columns | Spanned
 Solver = dict[str, Tensor]
 
 
@@ -75,19 +75,21 @@ def ridge_of(factor: Factor, damping: Scalar, rule: str) -> Tensor:
 
 
 def trace_of(factor: Factor) -> Tensor:
-    """Return tr(M) ``[...]`` of a factor in either form."""
-    return factor.trace if isinstance(factor, Columns) else trace(factor)
+    """Return tr(M) ``[...]`` of a factor in any form."""
+    return trace(factor) if isinstance(factor, Tensor) else factor.trace
 
 
 def size_of(factor: Factor) -> Tensor:
-    """Return λmax(M) ``[...]`` of a factor in either form; zero where it is zero or not finite."""
+    """Return λmax(M) ``[...]`` of a factor in any form; zero where it is zero or not finite."""
+    if isinstance(factor, Spanned):
+        return largest_eigenvalue(factor.gram)
     if isinstance(factor, Columns):
         return factor.values.amax() if len(factor.values) else factor.trace
     return largest_eigenvalue(factor)
 
 
 def _dimension(factor: Factor) -> int:
-    return factor.columns.shape[-2] if isinstance(factor, Columns) else factor.shape[-1]
+    return factor.shape[-1] if isinstance(factor, Tensor) else factor.columns.shape[-2]
 
 
 def build_solver(
@@ -141,8 +143,9 @@ def damped_side(side: str, factor: Factor, rho: Tensor, solve: bool) -> tuple[So
         rho: The ridge in the factor's units, ``[...]``.
         solve: Keep the Cholesky factor in place of the inverse.
     """
-    if isinstance(factor, Columns):
-        factor = lowrank.truncated(factor, TOLERANCE * rho)
+    if not isinstance(factor, Tensor):
+        if isinstance(factor, Columns):
+            factor = lowrank.truncated(factor, TOLERANCE * rho)
         function, ok = lowrank.inverse(factor, rho)
         return lowrank.state_of(side, factor, function), ok
     if solve:
@@ -172,16 +175,15 @@ def side_of(solver: Mapping[str, Tensor], side: str) -> Operator:
     return solver[f"inverse_{side}"] if function is None else function
 
 
-def clear_side(state: dict[str, Tensor], side: str, *, keep_columns: bool) -> None:
+def clear_side(state: dict[str, Tensor], side: str, factor: Factor) -> None:
     """Remove one side's solver from an optimizer's state, whatever its form, to make room for the next.
 
     Args:
         state: The weight's state.
         side: ``"A"`` or ``"B"``.
-        keep_columns: Leave a low-rank factor, which goes on being averaged.
+        factor: What the next is built from; one that is kept as columns goes on being averaged.
     """
-    if not keep_columns:
-        lowrank.without_columns(state, side)
+    lowrank.forget(state, side, None if isinstance(factor, Tensor) else type(factor))
     for key in ("inverse", "cholesky", "usable"):
         state.pop(f"{key}_{side}", None)
 
@@ -265,6 +267,8 @@ def undo_side(operator: Operator, X: Tensor) -> Tensor:
         return operator.lower @ (operator.lower.mT @ X) / operator.gain[..., None, None]
     if isinstance(operator, lowrank.LowRank):
         C, inner, rest = operator
+        if inner.ndim == 2:  # an inverse, and what it is the inverse of is known: C Cᵀ + ρ I
+            return torch.addmm(X / rest, C, C.mT @ X)
         # On a column of squared norm v, P is φ = rest + inner·v, and (1/φ − 1/rest)/v = −inner/(φ rest).
         eigenvalues = rest + inner * C.square().sum(-2)
         return X / rest - C @ ((inner / (eigenvalues * rest))[:, None] * (C.mT @ X))
@@ -273,7 +277,9 @@ def undo_side(operator: Operator, X: Tensor) -> Tensor:
 
 
 def least_of(factor: Factor) -> Tensor:
-    """Return λmin(M) ``[...]`` of a factor in either form, by a decomposition where it is dense."""
+    """Return λmin(M) ``[...]`` of a factor in any form, by a decomposition where it is dense."""
+    if isinstance(factor, Spanned):
+        factor = factor.orthogonal
     if isinstance(factor, Columns):
         d, r = factor.columns.shape
         return factor.values.amin() if r == d else torch.zeros_like(factor.trace)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mupx.linalg import damped_cholesky, eigh, trace
-from mupx.lowrank import Columns, factor_in, function_in
+from mupx.linalg import damped_cholesky, trace
+from mupx.lowrank import Columns, Spanned, function_in, kept_in
 
 RANK = 192  # columns of the approximation
 PROBES = 16  # columns that measure its error
@@ -58,7 +58,7 @@ def pays(d: int, solver: str, every_step: bool, ema: float) -> bool:
     return wanted and d > RANK + PROBES
 
 
-def begun(old: Columns | None, new: Tensor) -> Sketch:
+def begun(old: Columns | Spanned | None, new: Tensor) -> Sketch:
     """Return the sketch of the average so far, zero if there is none, for new columns ``[d, n]``."""
     test = _test(new.shape[0], RANK + PROBES).to(new)
     if old is None:
@@ -88,23 +88,23 @@ def averaged(old: Sketch, new: Tensor, keep: float, weight: float) -> Sketch | N
     return Sketch(image, old.test, total)
 
 
-def recovered(sketch: Sketch) -> Columns:
+def recovered(sketch: Sketch) -> Spanned:
     """Return Nyström's approximation, its ``dropped`` the measured ‖M − C Cᵀ‖_F."""
     Y, Z = sketch.image[:, :-PROBES], sketch.test[:, :-PROBES]
     core = Z.mT @ Y
     core = 0.5 * (core + core.mT)
     # Rounding makes a core of low rank indefinite; a ridge on it only makes the approximation smaller.
     lower, _ = damped_cholesky(core, torch.finfo(core.dtype).eps * trace(core))
-    B = torch.linalg.solve_triangular(lower, Y.mT, upper=False).mT.to(Y.dtype)
-    values, vectors, _ = eigh(B.mT @ B)
-    values = torch.where(sketch.trace > 0, values, 0.0)
-    C = B @ vectors
+    # A product with the small inverse is twice as fast as solving for all rows of Y, and as accurate here.
+    whitening = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).mT
+    C = Y @ whitening.to(Y.dtype)
+    gram = C.mT @ C
     probes = sketch.test[:, -PROBES:]
     missed = sketch.image[:, -PROBES:] - C @ (C.mT @ probes)
-    return Columns(C, values, missed.norm() / PROBES**0.5, sketch.trace)
+    return Spanned(C, gram, missed.norm() / PROBES**0.5, sketch.trace)
 
 
-def solver_error(factor: Columns, ridge: Tensor) -> Tensor:
+def solver_error(factor: Columns | Spanned, ridge: Tensor) -> Tensor:
     """Return at most ‖(M + ρ)⁻¹ − (M̂ + ρ)⁻¹‖_F in units of √d/ρ: a root mean square over all directions.
 
     Args:
@@ -138,7 +138,7 @@ def too_thin(state: Mapping[str, Any], solver: Mapping[str, Tensor], side: str) 
         solver: As :func:`mupx.lowrank.state_of` returns it, of the inverse.
         side: ``"A"`` or ``"B"``.
     """
-    function, factor = function_in(solver, side), factor_in(solver, side)
+    function, factor = function_in(solver, side), kept_in(solver, side)
     if f"image_{side}" not in state or function is None or factor is None:
         return False
     # Outside the columns the inverse is 1/ρ; zero where there is no step.

@@ -36,6 +36,7 @@ FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "kfac pi": ("kfac", 5, {"damping": 0.1, "damping_rule": "pi"}),
     "kfac exact": ("kfac", 5, {"damping": 0.1, "damping_rule": "exact"}),
     "kfac columns": ("kfac", 520, {"damping": 0.1, "solver": "low-rank"}),
+    "kfac sketch": ("kfac", 520, {"damping": 0.1, "solver": "sketch"}),
     "kfac Cholesky": ("kfac", 520, {"damping": 0.1, "statistics": 1, "refresh": 1}),
     "foof": ("foof", 5, {"damping": 0.1}),
     "foof absolute": ("foof", 5, {"damping": 0.1, "damping_rule": "absolute"}),
@@ -102,6 +103,7 @@ def test_the_forms_are_the_ones_meant() -> None:
         train(model, optimizer, batches(1, DOUBLE))
         keys[form] = {key for parameter, _ in entries(optimizer) for key in optimizer.state[parameter]}
     assert "gain_A" in keys["kfac columns"]
+    assert "gram_B" in keys["kfac sketch"]
     assert "cholesky_B" in keys["kfac Cholesky"]
     assert "inner_bias" in keys["kfac exact"]
     assert "gain_A" in keys["foof columns"]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mupx import sketch
-from mupx.lowrank import Columns
+from mupx.lowrank import Columns, Spanned, factor_in, inverse, kept_in
 from mupx.lowrank import averaged as averaged_columns
+from mupx.preconditioning import clear_side, damped_side
 from mupx.sketch import Sketch, averaged, begun, recovered, solver_error
 
 D = 60
@@ -37,7 +38,7 @@ def stream(seeds: range, n: int = 5, power: float = 0.0, keep: float = 0.8) -> t
     return found, exact
 
 
-def dense(factor: Columns) -> Tensor:
+def dense(factor: Columns | Spanned) -> Tensor:
     return factor.columns @ factor.columns.mT
 
 
@@ -53,8 +54,11 @@ def test_a_factor_of_lower_rank_than_the_sketch_is_recovered_exactly() -> None:
     found, exact = stream(range(3))
     factor = recovered(found)
     torch.testing.assert_close(dense(factor), exact, rtol=0, atol=1e-8)
-    gram = factor.columns.mT @ factor.columns
-    torch.testing.assert_close(gram, torch.diag(factor.values), rtol=0, atol=1e-8)
+    torch.testing.assert_close(factor.gram, factor.columns.mT @ factor.columns)
+    torch.testing.assert_close(dense(factor.orthogonal), exact, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        factor.orthogonal.values[-10:], torch.linalg.eigvalsh(exact)[-10:], rtol=1e-9, atol=1e-8
+    )
     assert float(factor.dropped) < 1e-7 * float(exact.trace())
 
 
@@ -81,6 +85,51 @@ def test_the_solver_is_within_the_stated_error(rho: float) -> None:
     assert measured > 0.01 * stated
 
 
+@pytest.mark.parametrize("rho", [1e-4, 0.1, 100.0])
+def test_its_inverse_is_that_of_the_approximation(rho: float) -> None:
+    factor = recovered(stream(range(12), n=30, power=1.0)[0])
+    ridge, X = torch.tensor(rho, dtype=torch.double), columns(3)
+    function, ok = inverse(factor, ridge)
+    wanted = torch.linalg.solve(dense(factor) + rho * torch.eye(D, dtype=torch.double), X)
+    assert bool(ok)
+    torch.testing.assert_close(function @ X, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
+    assert not torch.allclose(inverse(factor, 1.1 * ridge)[0] @ X, wanted, rtol=1e-3)
+
+
+def test_single_precision_costs_far_less_than_the_sketch_itself() -> None:
+    found, exact = stream(range(12), n=30, power=2.0)
+    rho = 1e-3 * float(exact.trace())
+    single = Sketch(found.image.float(), found.test.float(), found.trace.float())
+    function, _ = inverse(recovered(single), torch.tensor(rho))
+    inverted, _ = inverse(recovered(found), torch.tensor(rho, dtype=torch.double))
+    eye = torch.eye(D, dtype=torch.double)
+    rounding = rho * torch.linalg.matrix_norm((function @ eye.float()).double() - inverted @ eye, 2)
+    missing = rho * torch.linalg.matrix_norm(torch.linalg.inv(exact + rho * eye) - inverted @ eye, 2)
+    assert rounding < 1e-3 < 0.1 * missing
+
+
+@pytest.mark.parametrize("rho", [0.0, torch.nan, torch.inf])
+def test_a_ridge_that_is_no_positive_number_takes_no_step(rho: float) -> None:
+    function, ok = inverse(recovered(stream(range(3))[0]), torch.tensor(rho, dtype=torch.double))
+    assert not bool(ok)
+    assert not (function @ columns(1)).any()
+
+
+def test_a_state_holds_one_kind_of_factor() -> None:
+    ridge = torch.tensor(0.1, dtype=torch.double)
+    orthogonal, spanned = averaged_columns(None, columns(0), 0.0, 1.0), recovered(stream(range(3))[0])
+    state: dict[str, Tensor] = {}
+    for factor in (orthogonal, spanned, orthogonal):
+        clear_side(state, "A", factor)
+        solver, ok = damped_side("A", factor, ridge, solve=False)
+        state.update(solver)
+        assert bool(ok)
+        assert type(kept_in(state, "A")) is type(factor)
+        assert isinstance(factor_in(state, "A"), Columns)
+    clear_side(state, "A", torch.eye(D))
+    assert not state
+
+
 def test_it_goes_on_from_columns() -> None:
     old = averaged_columns(None, columns(0), 0.0, 1.0)
     after = averaged(begun(old, columns(1)), columns(1), 0.5, 0.5)
@@ -93,8 +142,11 @@ def test_a_zero_factor_has_no_eigenvalues_and_a_broken_one_is_refused() -> None:
     zero = averaged(begun(None, columns(0)), 0 * columns(0), 0.5, 0.5)
     assert zero is not None
     factor = recovered(zero)
-    assert not factor.values.any()
+    assert not factor.orthogonal.values.any()
     assert not factor.columns.any()
+    function, ok = inverse(factor, torch.tensor(0.1, dtype=torch.double))
+    assert not bool(ok)
+    assert not (function @ columns(1)).any()
     assert averaged(zero, columns(0) * torch.inf, 0.5, 0.5) is None
 
 

@@ -340,10 +340,10 @@ def _sketch(d: int, n: int, itemsize: int) -> Side:
         gemm(n, seen, d),
         gemm(d, seen, n),
         gemm(k, k, d, 2),
-        factorised("cholesky", k),
-        solve(k, d),
-        factorised("eigh", k),
+        factorised("cholesky", k, 2),
+        solve(k, k),
         gemm(d, k, k),
+        factorised("inverse", k),
         *elementwise(6.0 * d * seen * itemsize, 3.0 * d * seen * itemsize, 60),
     )
     return Side(d, work, d * (2 * seen + k), 4 * d * seen, 4 * d * k, columns=k, itemsize=itemsize)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mupx import sketch
 from mupx.curvature import FactorRows, FactorSums
-from mupx.lowrank import CHOLESKY, SMALLEST, SOLVERS, Columns, averaged, factor_in, pays
+from mupx.lowrank import CHOLESKY, SMALLEST, SOLVERS, Columns, Spanned, averaged, kept_in, pays
 from mupx.optim.base import (
     Groups,
     average_weight,
@@ -117,9 +117,10 @@ class Kronecker(Captured):
         """Average new factors in and rebuild the solver, each where its step has come."""
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
-        factors = {side: factor_in(state, side) or state.get(side) for side in self.sides}
+        factors = {side: kept_in(state, side) or state.get(side) for side in self.sides}
         # Left from a run without statistics of their own; the average below is dense.
-        columns = self.statistics is not None and any(isinstance(f, Columns) for f in factors.values())
+        thin = any(isinstance(factor, Columns | Spanned) for factor in factors.values())
+        columns = self.statistics is not None and thin
         average = partial(
             self._average, state, sums, self._damped(group), averages(state), step - averaged_at(state)
         )
@@ -152,7 +153,7 @@ class Kronecker(Captured):
         solved: set[str],
     ) -> tuple[Solver, Tensor]:
         for side, factor in factors.items():
-            clear_side(state, side, keep_columns=isinstance(factor, Columns))
+            clear_side(state, side, factor)
         return self.build_solver(factors, weight, groups, solved)
 
     def _solved(self, weight: Tensor, sums: FactorSums, step: int) -> set[str]:
@@ -170,13 +171,15 @@ class Kronecker(Captured):
         self, state: dict[str, Any], sums: FactorSums, damped: bool, seen: int, gap: int, side: str
     ) -> Factor:
         """Average one side's new factor in; columns stay columns until they no longer pay."""
-        old = factor_in(state, side)
+        old = kept_in(state, side)
         thin = damped and self.statistics is None
         new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
         if new is not None and side not in state:
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
             if self._sketches(state, side, len(new)):
                 return self._sketched(state, side, old, new, weight)
+            if isinstance(old, Spanned):
+                old = old.orthogonal  # of a sketch that was given up
             if self._keeps_columns(new, old):
                 # Of a batch alone nothing old stays, not even as columns of zeros.
                 return averaged(old if weight < 1.0 else None, new, 1.0 - weight, weight)
@@ -186,14 +189,14 @@ class Kronecker(Captured):
         return factor
 
     def _sketched(
-        self, state: dict[str, Any], side: str, old: Columns | None, new: Tensor, weight: float
-    ) -> Columns:
+        self, state: dict[str, Any], side: str, old: Columns | Spanned | None, new: Tensor, weight: float
+    ) -> Spanned:
         """Average new columns into a sketch; what is not finite leaves it as it was, for one step of zero."""
         before = sketch.sketch_in(state, side) or sketch.begun(old, new)
         after = sketch.averaged(before, new, 1.0 - weight, weight)
         state.update(sketch.state_of(side, after or before))
         factor = sketch.recovered(after or before)
-        return factor if after else factor._replace(values=torch.full_like(factor.values, torch.nan))
+        return factor if after else factor._replace(gram=torch.full_like(factor.gram, torch.nan))
 
     def _sketches(self, state: Mapping[str, Any], side: str, d: int) -> bool:
         """Whether a factor is averaged as a sketch."""

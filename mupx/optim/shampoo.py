@@ -31,11 +31,11 @@ from mupx.lowrank import (
     Columns,
     averaged,
     factor_in,
+    forget,
     function_in,
     pays,
     state_of,
     truncated,
-    without_columns,
 )
 from mupx.lowrank import inverse_root as low_rank_root
 from mupx.optim.base import (
@@ -438,7 +438,7 @@ class Shampoo(Divided):
         stale: bool,
     ) -> None:
         old = state.get(name) if columns is None else columns.columns @ columns.columns.mT
-        without_columns(state, name)
+        forget(state, name)
         factor = old if gap is None else self._average(old, block, averages(state), gap)
         if factor is None:  # nothing finite has been seen so far
             return
