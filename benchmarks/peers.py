@@ -175,7 +175,7 @@ def settings_of(smoke: bool, only: list[str] | None) -> list[tuple[str, int, int
     if smoke:
         return [("mlp", 32, 8, 2, 1), ("myrtle5", 8, 4, 1, 1), ("gpt", 32, 2, 1, 1)]
     mlp = [
-        ("mlp", width, batch, refresh, ROUNDS if width <= 512 else 3)
+        ("mlp", width, batch, refresh, ROUNDS if width <= 512 or batch == 256 else 3)
         for width in (128, 512, 2048)
         for batch in (64, 256, 1024)
         for refresh in (1, 10)

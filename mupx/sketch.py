@@ -27,7 +27,7 @@ from mupx.lowrank import Columns, Spanned, function_in, kept_in
 
 RANK = 192  # columns of the approximation
 PROBES = 16  # columns that measure its error
-SMALLEST = 1024  # from this size on a sketch costs less in every step than a dense inverse
+SMALLEST = 512  # from this size on a sketch costs less than a dense inverse, however seldom either is renewed
 LARGEST_ERROR = 0.1  # root mean square over all directions, relative to 1/ρ: above, a sketch is given up
 
 
@@ -45,16 +45,17 @@ class Sketch(NamedTuple):
     trace: Tensor
 
 
-def pays(d: int, solver: str, every_step: bool, ema: float) -> bool:
-    """Whether a factor is averaged as a sketch: where it is told to, or wide and solved anew in every step.
+def pays(d: int, n: int, r: int, solver: str, ema: float) -> bool:
+    """Whether a factor is averaged as a sketch: where it is told to, or wide and of no low rank.
 
     Args:
         d: Size of the factor.
+        n: New columns per refresh.
+        r: Columns kept so far: while all fit into a sketch they cost less than one, and miss less.
         solver: ``sketch``, ``auto`` or another, for which there is none.
-        every_step: Whether every step is a refresh.
         ema: Decay of the running average; 0 for the batch alone, whose columns are exact and as few.
     """
-    wanted = solver == "sketch" or (solver == "auto" and every_step and ema > 0 and d >= SMALLEST)
+    wanted = solver == "sketch" or (solver == "auto" and ema > 0 and d >= SMALLEST and n + r > RANK)
     return wanted and d > RANK + PROBES
 
 

@@ -243,7 +243,8 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     pair = []
     for side, d, other in (("B", d_out, d_in), ("A", d_in, d_out)):
         if side in sides:
-            if kept and sketch.pays(d, setting.solver, setting.interval <= 1, setting.ema):
+            count = _columns_in_the_long_run(side, d, n, setting)
+            if kept and sketch.pays(d, n, count, setting.solver, setting.ema):
                 pair.append(_sketch(d, n, setting.itemsize))
                 continue
             columns = _kept_columns(side, d, n, setting) if kept else None
@@ -349,16 +350,22 @@ def _sketch(d: int, n: int, itemsize: int) -> Side:
     return Side(d, work, d * (2 * seen + k), 4 * d * seen, 4 * d * k, columns=k, itemsize=itemsize)
 
 
-def _kept_columns(side: str, d: int, n: int, setting: Setting) -> int | None:
-    """Return the columns a factor keeps between refreshes, or None where a dense one costs less."""
+def _columns_in_the_long_run(side: str, d: int, n: int, setting: Setting) -> int:
+    """Return how many columns the truncated running average comes to."""
     weight = 1.0 - setting.keep
     threshold = weight * TOLERANCE * max(setting.damping, 1e-12)
     in_trace = setting.damping_rule != "relative"
     spread = math.sqrt((LARGEST if in_trace else 1.0) / threshold)
     window = n / weight
     count = int(min(d, window if side == "B" else min(spread, window * max(1.0, math.log(1 / threshold)))))
+    return max(count, 1)
+
+
+def _kept_columns(side: str, d: int, n: int, setting: Setting) -> int | None:
+    """Return the columns a factor keeps between refreshes, or None where a dense one costs less."""
+    count = _columns_in_the_long_run(side, d, n, setting)
     decomposition = EIGH if side == "L" else CHOLESKY
-    return max(count, 1) if setting.solver == "low-rank" or pays(d, n, count, decomposition) else None
+    return count if setting.solver == "low-rank" or pays(d, n, count, decomposition) else None
 
 
 def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Work:

@@ -74,8 +74,7 @@ class KFAC(Kronecker):
             inverses are updated too. Such factors are kept dense.
         ema: Decay per step of the running average of A and B (0: the current batch only).
         solver: ``dense`` factors, ``low-rank`` ones (columns, see :mod:`mupx.lowrank`), a ``sketch`` of
-            wide ones (:mod:`mupx.sketch`), or ``auto``: per layer and side whichever costs less; a sketch
-            only where ``refresh`` is 1.
+            wide ones (:mod:`mupx.sketch`), or ``auto``: per layer and side whichever costs less.
         momentum: Heavy-ball momentum on the preconditioned update.
         graft: Whose update's norm this one takes: ``none``, ``sgd``, ``adam`` or ``rms``; before momentum
             (see :mod:`mupx.update_norm`).

@@ -1,7 +1,8 @@
 """What the optimizers share that solve with running averages of Kronecker factors.
 
-:attr:`Kronecker.sides` says which factors there are: A and B, or A alone. Each is kept dense or as
-columns (:mod:`mupx.lowrank`), whichever costs less, and solved with or inverted likewise.
+:attr:`Kronecker.sides` says which factors there are: A and B, or A alone. Each is kept dense, as
+columns (:mod:`mupx.lowrank`) or as a sketch (:mod:`mupx.sketch`), whichever costs less, and solved with or
+inverted likewise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 
 from mupx import sketch
 from mupx.curvature import FactorRows, FactorSums
-from mupx.lowrank import CHOLESKY, SMALLEST, SOLVERS, Columns, Spanned, averaged, kept_in, pays
+from mupx.lowrank import (
+    CHOLESKY,
+    SMALLEST,
+    SOLVERS,
+    Columns,
+    Spanned,
+    averaged,
+    kept_in,
+    pays,
+)
 from mupx.optim.base import (
     Groups,
     average_weight,
@@ -176,7 +186,7 @@ class Kronecker(Captured):
         new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
         if new is not None and side not in state:
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
-            if self._sketches(state, side, len(new)):
+            if self._sketches(state, side, new, old):
                 return self._sketched(state, side, old, new, weight)
             if isinstance(old, Spanned):
                 old = old.orthogonal  # of a sketch that was given up
@@ -198,10 +208,16 @@ class Kronecker(Captured):
         factor = sketch.recovered(after or before)
         return factor if after else factor._replace(gram=torch.full_like(factor.gram, torch.nan))
 
-    def _sketches(self, state: Mapping[str, Any], side: str, d: int) -> bool:
-        """Whether a factor is averaged as a sketch."""
-        given_up = sketch.was_given_up(state, side)
-        return not given_up and sketch.pays(d, self.solver, self.refresh == 1, self.ema)
+    def _sketches(
+        self, state: Mapping[str, Any], side: str, new: Tensor, old: Columns | Spanned | None
+    ) -> bool:
+        """Whether a factor is averaged as a sketch; one that is stays so until it is given up."""
+        if sketch.was_given_up(state, side):
+            return False
+        if sketch.sketch_in(state, side) is not None:
+            return True
+        d, n = new.shape
+        return sketch.pays(d, n, 0 if old is None else old.columns.shape[-1], self.solver, self.ema)
 
     def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
         d, n = new.shape

@@ -150,7 +150,8 @@ def test_an_average_that_is_one_batch_is_warned_about_where_configured_and_told_
         advice = advise(**settings)
         return [(s.topic, s.level) for s in advice.statements if s.code == "forgotten-statistics"]
 
-    assert found(steps=20_000) == [("refresh", "note")]  # the schedule that is advised: every 100 steps
+    # The schedule that is advised where a refresh is dear: every 100 steps.
+    assert found(steps=20_000, solver="dense") == [("refresh", "note")]
     assert found(steps=20_000, refresh=41) == [("transfer", "warning")]
     assert found(steps=20_000, refresh=40, statistics=40) == []
     # Without a model too.

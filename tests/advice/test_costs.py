@@ -100,8 +100,11 @@ def test_low_rank_factors_are_taken_where_they_pay_and_nowhere_else():
         assert seconds(thin.refresh) < 0.3 * seconds(full.refresh)
         assert thin.state < 0.5 * full.state
         assert seconds(thin.step) < seconds(full.step)
-    crowded = replace(WIDE, n=2048)  # a batch as large as the width has no low rank
-    assert kfac(crowded, auto).state == kfac(crowded, dense).state
+    # A batch as large as the width has no low rank: its average is sketched, and it alone is dense.
+    crowded, alone = replace(WIDE, n=2048), {"ema": 0.0}
+    assert kfac(crowded, auto).state < 0.2 * kfac(crowded, dense).state
+    assert seconds(kfac(crowded, auto).refresh) < 0.3 * seconds(kfac(crowded, dense).refresh)
+    assert kfac(crowded, replace(auto, **alone)).state == kfac(crowded, replace(dense, **alone)).state
     narrow = replace(WIDE, d_out=256, d_in=256)
     assert kfac(narrow, auto).state == kfac(narrow, dense).state
 

@@ -186,18 +186,25 @@ def test_a_sketch_too_thin_for_the_spectrum_is_given_up(monkeypatch: pytest.Monk
     assert distance(careless, sketched) > 1e-3
 
 
-@pytest.mark.parametrize(("refresh", "ema", "sketched"), [(1, 0.9, True), (2, 0.9, False), (1, 0.0, False)])
-def test_auto_sketches_wide_averages_that_are_needed_in_every_step(
-    refresh: int, ema: float, sketched: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refresh", [1, 2])
+@pytest.mark.parametrize(
+    ("ema", "rank", "sketched"), [(0.9, 4, True), (0.0, 4, False), (0.9, 3 * BATCH, False)]
+)
+def test_auto_sketches_wide_averages_that_do_not_stay_of_low_rank(
+    refresh: int, ema: float, rank: int, sketched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mupx.sketch.SMALLEST", WIDTH)
-    monkeypatch.setattr("mupx.sketch.RANK", WIDTH - 5)
+    monkeypatch.setattr("mupx.sketch.RANK", rank)
     monkeypatch.setattr("mupx.sketch.PROBES", 4)
+    monkeypatch.setattr("mupx.sketch.LARGEST_ERROR", float("inf"))
     model = net()
-    optimizer = KFAC(model.parameters(), model, 0.01, damping=0.5, refresh=refresh, ema=ema)
-    step_on(model, optimizer, range(3))
+    optimizer = KFAC(
+        model.parameters(), model, 0.01, damping=0.5, refresh=refresh, staleness=1.0, ema=ema, solver="auto"
+    )
+    step_on(model, optimizer, range(2 * refresh))
     first, hidden = (optimizer.state[p] for p in list(model.parameters())[:3:2])
     assert ("image_B" in hidden, "image_B" in first, "image_A" in first) == (sketched, sketched, False)
+    assert ("values_B" in hidden) == (not sketched)
 
 
 @pytest.mark.usefixtures("thin_sketch")
