@@ -13,6 +13,8 @@ from mupx.lowrank import (
     CHOLESKY,
     EIGH,
     Columns,
+    alone,
+    alone_pays,
     averaged,
     factor_in,
     function_in,
@@ -158,3 +160,28 @@ def test_columns_pay_where_the_batch_is_small_and_the_layer_wide() -> None:
     # An eigendecomposition costs more than Cholesky: columns pay for longer.
     assert [pays(2048, 256, r, EIGH) for r in (0, 600, 1800)] == [True, True, False]
     assert not pays(2048, 256, 900, CHOLESKY)
+
+
+@pytest.mark.parametrize("rho", [1e-6, 0.1, 100.0])
+def test_the_batch_alone_is_inverted_exactly(rho: float) -> None:
+    F, X, ridge = columns(0), columns(1, 7), torch.tensor(rho, dtype=torch.double)
+    function, ok = inverse(alone(F), ridge)
+    wanted = torch.linalg.solve(linalg.add_ridge(F @ F.mT, rho), X)
+    assert bool(ok)
+    torch.testing.assert_close(function @ X, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
+    assert not torch.allclose(inverse(alone(1.1 * F), ridge)[0] @ X, wanted, rtol=1e-3)
+    torch.testing.assert_close(alone(F).trace, (F @ F.mT).trace())
+
+
+@pytest.mark.parametrize("spoilt", [0.0, torch.nan, torch.inf])
+def test_a_batch_without_a_usable_factor_takes_no_step(spoilt: float) -> None:
+    function, ok = inverse(alone(spoilt * columns(0)), torch.tensor(0.1, dtype=torch.double))
+    assert not bool(ok)
+    assert not function.inner.any()
+    assert not function.rest.any()
+
+
+def test_the_batch_alone_pays_where_it_is_smaller_than_the_layer() -> None:
+    assert alone_pays(512, 256)
+    assert not alone_pays(512, 512)
+    assert not alone_pays(256, 16)  # too small to be worth a call
