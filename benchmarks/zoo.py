@@ -143,7 +143,13 @@ def measure(
     start = Cell(name, optimizer, rule, "mup", base_width, lr, damping, seeds[0])
     base = tune_base(cells, start, axes_of(optimizer), seeds)
     chosen = replace(base, width=multiple * base_width, parametrization=parametrization)
-    lines = {axis: line(cells, chosen, axis, seeds, WIDE_REACH) for axis in axes_of(optimizer)}
+    lines = {}
+    for axis in axes_of(optimizer):
+        try:
+            lines[axis] = line(cells, chosen, axis, seeds, WIDE_REACH)
+        except KeyError:  # an axis that is not measured yet has no drift; without lr there is no row
+            if not cells.offline or not lines:
+                raise
     points = [point for one in lines.values() for point in one]
     best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
     regrets = regret(cells, chosen, points, seeds)
