@@ -97,7 +97,8 @@ def recovered(sketch: Sketch) -> Spanned:
     # Rounding makes a core of low rank indefinite; a ridge on it only makes the approximation smaller.
     lower, _ = damped_cholesky(core, torch.finfo(core.dtype).eps * trace(core))
     # A product with the small inverse is twice as fast as solving for all rows of Y, and as accurate here.
-    whitening = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).mT
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    whitening = torch.linalg.solve_triangular(lower, eye, upper=False).mT
     C = Y @ whitening.to(Y.dtype)
     gram = C.mT @ C
     probes = sketch.test[:, -PROBES:]
