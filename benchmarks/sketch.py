@@ -2,7 +2,7 @@
 
     python benchmarks/sketch.py                   # train what is missing, then print the table
     python benchmarks/sketch.py --table           # print the committed results
-    python benchmarks/sketch.py --smoke           # width 256, embedded data, some seconds
+    python benchmarks/sketch.py --smoke           # width 512, embedded data, under a minute
 
 The online setting of ``transfer.py`` (Fashion-MNIST at 14×14, one epoch, batch 256, 214 steps) at the
 values tuned at width 64 and the default running average, renewed in every step and in every tenth. Dense
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     base = "smoke" if arguments.smoke else "online"
-    widths = [256] if arguments.smoke else arguments.widths
+    widths = [512] if arguments.smoke else arguments.widths
     cells = Cells(None if arguments.smoke else arguments.csv, settings(base), offline=arguments.table)
     print(f"{set_threads(1)}; seeds {list(SEEDS)}")
     print(show(rows(cells, widths, arguments.solvers)))
