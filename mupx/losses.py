@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
+VECTOR = 16  # classes below which the softmax of the CPU's kernels is faster across examples than along them
 
 
 class Loss(Protocol):
@@ -42,7 +43,10 @@ class CrossEntropy:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean negative log-likelihood in nats."""
-        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+        logits, labels = outputs.flatten(0, -2), targets.flatten()
+        if logits.shape[1] < VECTOR and logits.device.type == "cpu":
+            logits, labels = logits.mT.unsqueeze(0), labels.unsqueeze(0)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
     def mask(self, targets: Tensor) -> Tensor | None:
         """Return 1 where the target counts."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupx.losses import IGNORED, LOSSES
+from mupx.losses import IGNORED, LOSSES, VECTOR
 
 CE, SE = LOSSES["cross_entropy"], LOSSES["squared_error"]
 
@@ -16,8 +16,9 @@ def outer_sum(directions: Tensor) -> Tensor:
     return torch.einsum("k...c,k...d->...cd", directions, directions)
 
 
-def test_cross_entropy_is_the_mean_over_targets_that_count() -> None:
-    f, y = torch.randn(4, 3, 5, dtype=torch.double), torch.randint(0, 5, (4, 3))
+@pytest.mark.parametrize("classes", [5, VECTOR, 20])  # few are treated across examples
+def test_cross_entropy_is_the_mean_over_targets_that_count(classes: int) -> None:
+    f, y = torch.randn(4, 3, classes, dtype=torch.double), torch.randint(0, classes, (4, 3))
     y[1, 2] = IGNORED
     expected = -sum(f[i, j].log_softmax(-1)[y[i, j]] for i in range(4) for j in range(3) if y[i, j] >= 0)
     torch.testing.assert_close(CE(f, y), expected / 11)
