@@ -360,7 +360,7 @@ class Captured(NamedTuple):
     Attributes:
         gradients: By parameter name.
         inputs: h by layer name, ``[..., N·T, d_in]``.
-        deltas: δ by layer name, ``[..., N·T, d_out]``.
+        signals: ∂(mean loss)/∂(layer output) by layer name, ``[..., N·T, d_out]``: δ over ``terms``.
         weights: By layer name, ``[..., N·T]``: 1 for rows that count, 0 for ignored ones.
         loss: ``[...]``.
         outputs: ``[..., N, …, C]``.
@@ -369,7 +369,7 @@ class Captured(NamedTuple):
 
     gradients: dict[str, Tensor]
     inputs: dict[str, Tensor]
-    deltas: dict[str, Tensor]
+    signals: dict[str, Tensor]
     weights: dict[str, Tensor]
     loss: Tensor
     outputs: Tensor
@@ -377,9 +377,15 @@ class Captured(NamedTuple):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return (A, B) of one layer, with whatever leading dimensions the capture was mapped over."""
-        h, delta, weights = self.inputs[name], self.deltas[name], self.weights[name]
-        A = h.mT @ (h * weights.unsqueeze(-1)) / weights.sum(-1)[..., None, None]
-        return A, delta.mT @ delta / self.terms[..., None, None]
+        h, signal, weights = self.inputs[name], self.signals[name], self.weights[name]
+        kept = h if _all_ones(weights) else h * weights.unsqueeze(-1)
+        A = h.mT @ kept / weights.sum(-1)[..., None, None]
+        return A, signal.mT @ signal * self.terms[..., None, None]
+
+
+def _all_ones(weights: Tensor) -> bool:
+    """Whether no row is ignored, where looking costs less than a pass over the rows: not on a GPU."""
+    return weights.device.type == "cpu" and bool(weights.eq(1).all())
 
 
 def functional_gradients(
@@ -390,7 +396,7 @@ def functional_gradients(
     targets: Tensor,
     probes: Mapping[str, Tensor],
 ) -> Captured:
-    """Return gradients, layer inputs and δ as one pure function, for ``torch.func`` and ``vmap``.
+    """Return gradients, layer inputs and signals as one pure function, for ``torch.func`` and ``vmap``.
 
     Args:
         model: The module, used for its structure only.
@@ -429,10 +435,10 @@ def functional_gradients(
                 handle.remove()
         return loss(outputs, targets), (rows, weights, outputs)
 
-    (gradients, deltas), (value, (rows, weights, outputs)) = torch.func.grad_and_value(
+    (gradients, signals), (value, (rows, weights, outputs)) = torch.func.grad_and_value(
         forward, argnums=(0, 1), has_aux=True
     )(parameters, probes)
-    signals = {name: output_rows(layers[name], delta) * terms for name, delta in deltas.items()}
+    signals = {name: output_rows(layers[name], signal) for name, signal in signals.items()}
     return Captured(gradients, rows, signals, weights, value, outputs, terms)
 
 

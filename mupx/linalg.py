@@ -12,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ def _count(repaired: Tensor) -> None:
         found.factors += int(repaired.sum())
 
 
+@overload
+def over(scalar: Tensor, tensor: Tensor) -> Tensor: ...
+@overload
+def over(scalar: float, tensor: Tensor) -> float: ...
 def over(scalar: Scalar, tensor: Tensor) -> Scalar:
     """Shape a hyperparameter ``[...]`` so that it broadcasts over the trailing axes of ``tensor``."""
     if isinstance(scalar, Tensor) and scalar.dim():

@@ -328,7 +328,7 @@ def test_functional_capture_reproduces_weight_gradients() -> None:
     x, y = torch.randn(5, 2, 5, 5, dtype=torch.double), torch.randint(0, 4, (5,))
     captured = functional(model, x, y)
     for name, layer in factorable_layers(model).items():
-        gradient = captured.deltas[name].mT @ captured.inputs[name] / len(x)
+        gradient = captured.signals[name].mT @ captured.inputs[name]
         torch.testing.assert_close(
             gradient.view_as(layer.weight), captured.gradients[f"{name}.weight"], **EXACT
         )

@@ -61,7 +61,7 @@ class Stacked:
             update = (self.direction if own else self.adam)(name, gradient, group)
             if isinstance(kept, Tensor):
                 value.mul_(kept)
-            value.sub_(over(lr, update) * update)
+            value.addcmul_(over(lr, update), update, value=-1.0)
         self.clock["step"] += 1
 
     def keep(self, members: Tensor) -> None:
