@@ -171,6 +171,7 @@ class FactorRows(FactorSums):
     announced: int = 0
     h: list[Tensor] = field(default_factory=list)
     delta: list[Tensor] = field(default_factory=list)
+    alone: set[str] = field(default_factory=set)  # sides whose solver was made of these rows and no others
 
     def takes(self, rows: int) -> bool:
         """Count the rows, and drop what there is when only the gradient is wanted and they are too many."""

@@ -153,6 +153,15 @@ def alone_pays(d: int, n: int) -> bool:
     return d >= SMALLEST and 6 * d * n**2 + (CHOLESKY + 2) * n**3 < CHOLESKY * d**3 + 4 * d**2 * n
 
 
+def on_own_columns(function: LowRank) -> Tensor:
+    """Return W ``[r, r]`` with (M + ρ I)⁻¹ C = C W for M = C Cᵀ, from :func:`inverse` of a :class:`Spanned`.
+
+    The push-through identity: (C Cᵀ + ρ I)⁻¹ C = C (Cᵀ C + ρ I)⁻¹. Zero where the inverse is.
+    """
+    scale = torch.where(function.rest > 0, -1.0 / torch.where(function.rest > 0, function.rest, 1.0), 0.0)
+    return scale * function.inner
+
+
 def truncated(factor: Columns, budget: Tensor) -> Columns:
     """Drop the smallest eigenvalues as long as the accumulated error stays within ``budget``.
 

@@ -205,6 +205,22 @@ def thin_update(left: Operator, D: Tensor, H: Tensor, right: Operator) -> Tensor
     return (left @ D.mT) @ times(H, right)
 
 
+def own_update(left: LowRank, D: Tensor, H: Tensor, right: LowRank) -> Tensor:
+    """Return P G Q for G = Dᵀ H, where D and H are the very rows that P and Q are the inverses of.
+
+    (B + ρ_B)⁻¹ Dᵀ = Dᵀ W_B and H (A + ρ_A)⁻¹ = W_A H with W ``[n, n]``, so that of the two products with
+    each side's rows that :func:`thin_update` takes only one of all four remains.
+
+    Args:
+        left: P, ``[d_out, d_out]``.
+        D: ``[n, d_out]``.
+        H: ``[n, d_in]``.
+        right: Q, ``[d_in, d_in]``.
+    """
+    W = lowrank.on_own_columns(left) @ lowrank.on_own_columns(right)
+    return (D.mT @ W) @ H if D.shape[1] < H.shape[1] else D.mT @ (W @ H)
+
+
 def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -> bool:
     """Whether :func:`thin_update` costs less than multiplying the whole gradient from both sides.
 

@@ -24,6 +24,7 @@ from mupx.lowrank import (
     state_of,
     truncated,
 )
+from mupx.preconditioning import own_update
 
 D = 30
 
@@ -171,6 +172,19 @@ def test_the_batch_alone_is_inverted_exactly(rho: float) -> None:
     torch.testing.assert_close(function @ X, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
     assert not torch.allclose(inverse(alone(1.1 * F), ridge)[0] @ X, wanted, rtol=1e-3)
     torch.testing.assert_close(alone(F).trace, (F @ F.mT).trace())
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(20, 30), (30, 20)])
+def test_a_gradient_of_the_factors_own_rows_is_preconditioned_within_them(d_out: int, d_in: int) -> None:
+    D, H, ridge = columns(0)[:d_out].mT, columns(1)[:d_in].mT, torch.tensor(0.1, dtype=torch.double)
+    left, right = (inverse(alone(0.5 * rows.mT), ridge)[0] for rows in (D, H))
+    B, A = (linalg.add_ridge(0.25 * rows.mT @ rows, ridge) for rows in (D, H))
+    wanted = torch.linalg.solve(B, D.mT @ H) @ torch.linalg.inv(A)
+    torch.testing.assert_close(own_update(left, D, H, right), wanted)
+    other, _ = inverse(alone(columns(2)[:d_in]), ridge)
+    assert not torch.allclose(own_update(left, D, H, other), wanted, rtol=1e-2)
+    nothing, _ = inverse(alone(0.0 * D.mT), ridge)
+    assert not own_update(nothing, D, H, right).any()
 
 
 @pytest.mark.parametrize("spoilt", [0.0, torch.nan, torch.inf])

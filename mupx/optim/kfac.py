@@ -15,7 +15,7 @@ Damping rules, with ρ_A and ρ_B the group's ``damping_A`` and ``damping_B``:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mupx.curvature import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
-from mupx.lowrank import factor_in
+from mupx.lowrank import LowRank, factor_in
 from mupx.optim.base import Groups, Refresh, Scale, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
@@ -31,6 +31,7 @@ from mupx.preconditioning import (
     Solver,
     build_solver,
     least_of,
+    own_update,
     precondition,
     precondition_bias,
     ridges,
@@ -175,8 +176,11 @@ class KFAC(Kronecker):
         if self._thin and isinstance(rows, FactorRows):
             left, right = side_of(state, "B"), side_of(state, "A")
             d_out, d_in = gradient.shape
-            if thin_pays(left, right, (d_out, d_in), sum(map(len, rows.h))):
+            alone = rows.alone == {"A", "B"}
+            if alone or thin_pays(left, right, (d_out, d_in), sum(map(len, rows.h))):
                 thin = rows.gradient(gradient)
+                if thin is not None and alone:
+                    return own_update(cast(LowRank, left), *thin, cast(LowRank, right))
                 if thin is not None:
                     return thin_update(left, *thin, right)
         return precondition(gradient, state)

@@ -186,11 +186,12 @@ class Kronecker(Captured):
         old = kept_in(state, side)
         thin = damped and self.statistics is None
         new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
-        if new is not None and side not in state:
+        if isinstance(sums, FactorRows) and new is not None and side not in state:
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
             if self._sketches(state, side, new, old):
                 return self._sketched(state, side, old, new, weight)
             if self._stands_alone(new):
+                sums.alone.add(side)
                 return alone(new)
             if isinstance(old, Spanned):
                 old = old.orthogonal  # of a sketch that was given up

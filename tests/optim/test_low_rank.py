@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mupx import curvature
 from mupx.curvature import FactorRows
 from mupx.linalg import add_ridge
+from mupx.optim import kfac
 from mupx.optim.base import Base
 from mupx.optim.foof import FOOF
 from mupx.optim.kfac import KFAC
@@ -346,6 +347,24 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FactorRows, "gradient", counted)
     run("kfac trace", "auto")
     assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
+
+
+@pytest.mark.parametrize(("ema", "refresh", "is_alone"), [(0.0, 1, True), (0.0, 2, False), (0.5, 1, False)])
+def test_only_rows_that_are_the_whole_curvature_are_preconditioned_within_themselves(
+    ema: float, refresh: int, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    true = kfac.own_update
+
+    def counted(*operands: Any) -> Tensor:
+        seen.append(len(operands[1]))
+        return true(*operands)
+
+    monkeypatch.setattr(kfac, "own_update", counted)
+    model = net()
+    optimizer = KFAC(model.parameters(), model, 0.01, damping=0.1, refresh=refresh, ema=ema)
+    step_on(model, optimizer, range(2))
+    assert seen == [BATCH] * 2 * is_alone  # the hidden layer's
 
 
 # Rows of one pass, and the limit max(d_out, d_in): 4·6·6 above 18 for the first layer, 4 below 288 and 12.
