@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from mupx import sketch
 from mupx.advice.rates import Op, Work, elementwise, factorised, gemm, solve
-from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays
+from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, alone_pays, pays
 from mupx.preconditioning import prefers_cholesky, thin_pays
 
 LARGEST = 6 / math.pi**2  # share of the trace that the first of the eigenvalues i⁻² has
@@ -125,6 +125,7 @@ class Side:
         triangular: Whether it is applied by triangular solves.
         columns: Columns kept; 0 for a dense factor.
         itemsize: Bytes per number.
+        alone: Whether the columns are the step's own rows.
     """
 
     d: int
@@ -135,6 +136,7 @@ class Side:
     triangular: bool = False
     columns: int = 0
     itemsize: int = 4
+    alone: bool = False
 
     def applied(self, vectors: float) -> Work:
         """Return the work of applying the solver to so many vectors."""
@@ -247,6 +249,9 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
             if kept and sketch.pays(d, n, count, setting.solver, setting.ema):
                 pair.append(_sketch(d, n, setting.itemsize))
                 continue
+            if kept and _stands_alone(d, n, setting):
+                pair.append(_alone(d, n, setting.itemsize))
+                continue
             columns = _kept_columns(side, d, n, setting) if kept else None
             solved = setting.solver != "dense" and prefers_cholesky(
                 d, min(other, vectors), round(setting.interval)
@@ -350,6 +355,22 @@ def _sketch(d: int, n: int, itemsize: int) -> Side:
     return Side(d, work, d * (2 * seen + k), 4 * d * seen, 4 * d * k, columns=k, itemsize=itemsize)
 
 
+def _stands_alone(d: int, n: int, setting: Setting) -> bool:
+    batch_only = setting.ema == 0.0 and setting.interval <= 1.0
+    return batch_only and (setting.solver == "low-rank" or alone_pays(d, n))
+
+
+def _alone(d: int, n: int, itemsize: int) -> Side:
+    """Return the factor of one batch for one step, solved for in the batch's size."""
+    work = (
+        gemm(n, n, d),
+        factorised("cholesky", n),
+        factorised("inverse", n),
+        *elementwise(2.0 * d * n * itemsize, 1.0 * d * n * itemsize, 30),
+    )
+    return Side(d, work, d * n + 2 * n**2, d * n, 4 * d * n, columns=n, itemsize=itemsize, alone=True)
+
+
 def _columns_in_the_long_run(side: str, d: int, n: int, setting: Setting) -> int:
     """Return how many columns the truncated running average comes to."""
     weight = 1.0 - setting.keep
@@ -383,6 +404,8 @@ def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Wor
     if len(pair) == 1:
         return pair[0].applied(shape.numel / pair[0].d)
     column, row = pair
+    if n and column.alone and row.alone:
+        return (gemm(n, n, n), gemm(n, min(d_out, d_in), n), gemm(d_out, d_in, n))
     # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
     if n and thin_pays(cast(Any, column), cast(Any, row), (d_out, d_in), n):
         return (*column.applied(n), *row.applied(n), gemm(d_out, d_in, n))

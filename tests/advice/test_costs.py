@@ -109,6 +109,22 @@ def test_low_rank_factors_are_taken_where_they_pay_and_nowhere_else():
     assert kfac(narrow, auto).state == kfac(narrow, dense).state
 
 
+def test_the_curvature_of_a_batch_alone_is_solved_for_in_its_size():
+    batch = replace(WIDE, d_out=512, d_in=784, n=256)
+    alone = Setting(damping_rule="trace", ema=0.0, interval=1.0)
+    dense = replace(alone, solver="dense")
+    every = (seconds(cost.step + cost.refresh) for cost in (kfac(batch, alone), kfac(batch, dense)))
+    assert next(every) < 0.4 * next(every)
+    assert kfac(batch, alone).state < 0.6 * kfac(batch, dense).state
+    crowded = replace(batch, n=784)  # no smaller than the layer
+    assert kfac(crowded, alone).state == kfac(crowded, dense).state
+    # Where an inverse serves two steps, its columns are those of an eigenbasis.
+    decomposed = [
+        any(op.kind == "eigh" for op in kfac(batch, replace(alone, interval=i)).refresh) for i in (1.0, 2.0)
+    ]
+    assert decomposed == [False, True]
+
+
 def test_a_seldom_refresh_keeps_fewer_columns_than_a_frequent_one():
     often, seldom = (Setting(damping_rule="trace", interval=i) for i in (5.0, 100.0))
     assert kfac(WIDE, seldom).state < kfac(WIDE, often).state
