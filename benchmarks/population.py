@@ -1,19 +1,20 @@
 """How many more trials an hour gives when they are trained in lock-step, and what the search makes of them.
 
-    python benchmarks/population.py               # about fifteen minutes on one core
+    python benchmarks/population.py               # about half an hour on one core
     python benchmarks/population.py --table       # print the committed results
     python benchmarks/population.py --asdl        # add what an Optuna loop around ASDL's K-FAC does
     python benchmarks/population.py --smoke       # everything small, a few seconds
 
-Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32),
-one thread of a shared machine. *training*: trials none of which diverges, one after the other (P = 1, the
-ordinary loop) and P at a time; they take turns round by round, and the median over rounds counts. *search*:
-`mupx tune` as it is, 32 trials over the default ranges with the study in SQLite; trials that diverge or are
-pruned end early, so its rates depend on what was asked. *ASDL*: what one would write without mupx, an
-Optuna study in SQLite whose objective trains the same network on the same batches with ASDL's K-FAC
+Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32).
+*training*: trials none of which diverges, one after the other (P = 1, the ordinary loop) and P at a time;
+they take turns round by round, and the median over rounds counts.
+*search*: `mupx tune` as it is, 32 trials over the default ranges with the study in SQLite; trials that
+diverge or are pruned end early, so its rates depend on what was asked. *ASDL*: what one would write without
+mupx, an Optuna study in SQLite whose objective trains the same network on the same batches with ASDL's K-FAC
 (`peers-requirements.txt`), at an lr at which it does not diverge, and reads the validation loss once, at
-its end. Rates are per hour of wall time and of CPU time; gains are over P = 1 in CPU time. ``best`` is the
-lowest validation loss found, a mean over seeds of the search.
+its end. Rates are per hour of wall time and of CPU time; gains are over P = 1 with as many threads, in CPU
+time with one thread and in wall time with several, which spin while they wait. ``best`` is the lowest
+validation loss found, a mean over seeds of the search. Rows that are not measured again are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STARTS = {  # optimizer → the highest lr and the lowest damping of the trials
     "sgd": (0.5, 0.01),
 }
 SETTINGS = [("kfac", 10), ("kfac", 1), ("shampoo", 10), ("adamw", 10), ("sgd", 10)]
-HEADS = ["what", "optimizer", "refresh", "P", "trials/h", "trials/CPU h", "gain", "best"]
+HEADS = ["what", "optimizer", "refresh", "threads", "P", "trials/h", "trials/CPU h", "gain", "best"]
 
 
 def proxy(optimizer: str, refresh: int, steps: int) -> Experiment:
@@ -65,7 +66,7 @@ def proxy(optimizer: str, refresh: int, steps: int) -> Experiment:
                 "scaling.width": 64,
                 "train.batch_size": 256,
                 "train.steps": steps,
-                "train.threads": 1,
+                "train.threads": torch.get_num_threads(),
                 "train.device": "cpu",
             }
         )
@@ -172,32 +173,42 @@ def measure_asdl(refresh: int, steps: int, trials: int) -> tuple[float, float]:
 
 
 def rows_of(what: str, optimizer: str, refresh: int, times: dict[int, Any]) -> list[dict[str, str]]:
-    base = times[1][1]
+    threads = torch.get_num_threads()
+    clock = 1 if threads == 1 else 0  # wall time of one thread depends on who else is there
     return [
         {
             "what": what,
             "optimizer": optimizer,
             "refresh": str(refresh) if optimizer in ("kfac", "shampoo") else "–",
+            "threads": str(threads),
             "P": str(size),
             "trials/h": f"{3600 / wall:.0f}",
             "trials/CPU h": f"{3600 / cpu:.0f}",
-            "gain": f"{base / cpu:.2f}",
+            "gain": f"{times[1][clock] / times[size][clock]:.2f}",
             "best": f"{best[0]:.4f}" if best else "–",
         }
         for size, (wall, cpu, *best) in times.items()
     ]
 
 
-def add_asdl(path: Path, steps: int) -> None:
+def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
     """Measure the loop around ASDL in turn with our ordinary loop, and add its rows to the committed ones."""
-    rows = [row for row in read_rows(path) if row["what"] != "ASDL"]
-    for refresh in (10, 1):
-        wall, cpu = measure_asdl(refresh, steps, 5)
-        ours = measure_training("kfac", refresh, [1], steps, 2)[1]
-        row = rows_of("ASDL", "kfac", refresh, {1: (wall, cpu)})[0]
-        rows.append({**row, "gain": f"{ours[1] / cpu:.2f}"})
-    print(show(rows[-2:]))
-    write_rows(path, rows)
+    rows = []
+    for threads in counts:
+        print(f"{set_threads(threads)}; {versions()}")
+        for refresh in (10, 1):
+            wall, cpu = measure_asdl(refresh, steps, 5)
+            ours = measure_training("kfac", refresh, [1], steps, 2)[1]
+            row = rows_of("ASDL", "kfac", refresh, {1: (wall, cpu)})[0]
+            rows.append({**row, "gain": f"{ours[1] / cpu if threads == 1 else ours[0] / wall:.2f}"})
+            print(show(rows[-1:]), flush=True)
+    keep(path, rows)
+
+
+def keep(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows in the place of those that say the same of other numbers, and leave the others."""
+    found = {tuple(row[head] for head in HEADS[:5]): row for row in [*read_rows(path), *rows]}
+    write_rows(path, list(found.values()))
 
 
 def show(rows: list[dict[str, str]]) -> str:
@@ -207,20 +218,20 @@ def show(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 16, 32])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--optimizers", nargs="+", default=list(STARTS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3, help="searches per P")
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "population.csv")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--asdl", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.asdl:
-        print(f"{set_threads(1)}; {versions()}")
-        add_asdl(arguments.csv, arguments.steps)
+        add_asdl(arguments.csv, arguments.steps, arguments.threads)
         return
     if arguments.table:
         print(show(read_rows(arguments.csv)))
@@ -228,13 +239,16 @@ def main() -> None:
     if arguments.smoke:
         arguments.sizes, arguments.steps, arguments.rounds = [1, 4], 10, 1
         arguments.trials, arguments.seeds = 8, 1
-    print(set_threads(1))
     sizes, steps, rows = sorted({1, *arguments.sizes}), arguments.steps, []
-    for optimizer, refresh in SETTINGS:
-        if optimizer in arguments.optimizers:
-            times = measure_training(optimizer, refresh, sizes, steps, arguments.rounds)
-            rows += rows_of("training", optimizer, refresh, times)
-            print(show(rows[-len(sizes) :]), flush=True)
+    for threads in arguments.threads:
+        print(set_threads(threads))
+        for optimizer, refresh in SETTINGS:
+            if optimizer in arguments.optimizers and (threads == 1 or optimizer == "kfac"):
+                times = measure_training(optimizer, refresh, sizes, steps, arguments.rounds)
+                rows += rows_of("training", optimizer, refresh, times)
+                print(show(rows[-len(sizes) :]), flush=True)
+    print(set_threads(1))
+    sizes = [size for size in sizes if size <= arguments.trials]
     for optimizer, refresh in SETTINGS[:1]:
         if optimizer in arguments.optimizers:
             measure_search(optimizer, refresh, [1], 10, 2, 1)  # what is imported on first use
@@ -242,7 +256,7 @@ def main() -> None:
             rows += rows_of("search", optimizer, refresh, found)
             print(show(rows[-len(sizes) :]), flush=True)
     if not arguments.smoke:
-        write_rows(arguments.csv, rows)
+        keep(arguments.csv, rows)
 
 
 if __name__ == "__main__":
