@@ -2,6 +2,7 @@
 
     python benchmarks/zoo_verdicts.py             # measure what is missing, then print the table
     python benchmarks/zoo_verdicts.py --table     # print the committed results
+    python benchmarks/zoo_verdicts.py --quick     # the same with sweeps, as `mupx verify --quick`
     python benchmarks/zoo_verdicts.py --smoke     # one family, two optimizers, no CSV
 
 Slopes only (coordinate check after 1 and 10 steps, curvature orders, lint), over the widths named below,
@@ -9,7 +10,7 @@ seeds 0 and 1, batch 32, constant lr, one thread. Images: the embedded Fashion-M
 28×28 and padded to 32×32 for VGG-19). Tokens: 32 kinds, drawn from a random bigram table. One lr and damping
 per optimizer, untuned, but for the pairs of `SETTLED`. *worst*: the exponent farthest from its order among
 the failed rows, or else among all that are judged; for a run that breaks down, the cause. Shampoo's factors
-on ResNet and VGG-19 would have sides of 4608 and more: --optimizers leaves out what takes too long.
+on ResNet and VGG-19 would have sides of up to 9,216: there it has blocks of 32 and a refresh in ten steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mupx.checks.result import Report
 from mupx.checks.runner import verify
 from mupx.datasets.base import Dataset, Split
 
-RESULTS = Path(__file__).parent / "results" / "zoo-verdicts.csv"
+RESULTS = Path(__file__).parent / "results"
 
 
 class Family(NamedTuple):
@@ -62,6 +63,11 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
 }
 # A factor of n channels has eigenvalues of about trace/n: ρ' below 1/n is another regime, left as n grows.
 SETTLED = {("resnet", "kfac"): {"damping": 1.0}, ("vgg19", "kfac"): {"damping": 1.0}}
+LARGE = {"blocks": 32, "refresh": 10, "staleness": 1.0}
+STRUCTURES: dict[tuple[str, str], dict[str, object]] = {
+    ("resnet", "shampoo"): LARGE,
+    ("vgg19", "shampoo"): LARGE,
+}
 TOKENS, CONTEXT, EXAMPLES = 32, 16, 1024
 
 
@@ -102,6 +108,7 @@ def measure(
     widths: tuple[int, ...] | None = None,
     hyperparameters: Mapping[str, float] | None = None,
     structure: Mapping[str, object] | None = None,
+    quick: bool = False,
 ) -> dict[str, object]:
     model, args, kind, usual = FAMILIES[family]
     widths = widths or usual
@@ -109,14 +116,14 @@ def measure(
     experiment = config.parse(
         {
             "model": {"name": model, "args": args},
-            "optimizer": {"name": optimizer, **(structure or {})},
+            "optimizer": {"name": optimizer, **(structure or STRUCTURES.get((family, optimizer), {}))},
             "hyperparameters": values,
             "train": {"batch_size": 32, "schedule": "constant", "threads": 1},
             "scaling": {"base_width": widths[0], "width": widths[0]},
         }
     )
     started = time.process_time()
-    report = verify(experiment, data=load(kind), widths=widths, sweeps=False)
+    report = verify(experiment, data=load(kind), widths=widths, quick=quick, sweeps=quick)
     return {
         "family": family,
         "optimizer": optimizer,
@@ -150,7 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="with sweeps: one to many minutes each")
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -158,7 +166,8 @@ def main() -> None:
         print(set_threads(1))
         print(show([measure("gpt", optimizer, (16, 32)) for optimizer in ("sgd", "kfac")]))
         return
-    rows = read_rows(arguments.csv)
+    path = arguments.csv or RESULTS / ("zoo-quick.csv" if arguments.quick else "zoo-verdicts.csv")
+    rows = read_rows(path)
     if not arguments.table:
         print(set_threads(1))
         done = {(row["family"], row["optimizer"]) for row in rows}
@@ -166,9 +175,9 @@ def main() -> None:
             for optimizer in arguments.optimizers:
                 if (family, optimizer) in done:
                     continue
-                rows.append(measure(family, optimizer))
+                rows.append(measure(family, optimizer, quick=arguments.quick))
                 print(rows[-1], flush=True)
-                write_rows(arguments.csv, rows)
+                write_rows(path, rows)
     print(show(rows))
 
 
