@@ -153,6 +153,19 @@ def alone_pays(d: int, n: int) -> bool:
     return d >= SMALLEST and 6 * d * n**2 + (CHOLESKY + 2) * n**3 < CHOLESKY * d**3 + 4 * d**2 * n
 
 
+def stands_alone(d: int, n: int, solver: str, ema: float, every_step: bool) -> bool:
+    """Whether a factor is the batch of one step, solved for as it is.
+
+    Args:
+        d: Size of the factor.
+        n: Rows of the batch.
+        solver: One that forces low rank, or leaves it to :func:`alone_pays`.
+        ema: Decay of the running average; 0 for the batch alone.
+        every_step: Whether every step has a factor of its own.
+    """
+    return ema == 0.0 and every_step and (solver == "low-rank" or alone_pays(d, n))
+
+
 def on_own_columns(function: LowRank) -> Tensor:
     """Return W ``[r, r]`` with (M + ρ I)⁻¹ C = C W for M = C Cᵀ, from :func:`inverse` of a :class:`Spanned`.
 

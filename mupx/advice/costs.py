@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from mupx import sketch
 from mupx.advice.rates import Op, Work, elementwise, factorised, gemm, solve
-from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, alone_pays, pays
+from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays, stands_alone
 from mupx.preconditioning import prefers_cholesky, thin_pays
 
 LARGEST = 6 / math.pi**2  # share of the trace that the first of the eigenvalues i⁻² has
@@ -249,7 +249,7 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
             if kept and sketch.pays(d, n, count, setting.solver, setting.ema):
                 pair.append(_sketch(d, n, setting.itemsize))
                 continue
-            if kept and _stands_alone(d, n, setting):
+            if kept and stands_alone(d, n, setting.solver, setting.ema, setting.interval <= 1.0):
                 pair.append(_alone(d, n, setting.itemsize))
                 continue
             columns = _kept_columns(side, d, n, setting) if kept else None
@@ -353,11 +353,6 @@ def _sketch(d: int, n: int, itemsize: int) -> Side:
         *elementwise(6.0 * d * seen * itemsize, 3.0 * d * seen * itemsize, 60),
     )
     return Side(d, work, d * (2 * seen + k), 4 * d * seen, 4 * d * k, columns=k, itemsize=itemsize)
-
-
-def _stands_alone(d: int, n: int, setting: Setting) -> bool:
-    batch_only = setting.ema == 0.0 and setting.interval <= 1.0
-    return batch_only and (setting.solver == "low-rank" or alone_pays(d, n))
 
 
 def _alone(d: int, n: int, itemsize: int) -> Side:

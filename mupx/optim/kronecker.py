@@ -25,10 +25,10 @@ from mupx.lowrank import (
     Columns,
     Spanned,
     alone,
-    alone_pays,
     averaged,
     kept_in,
     pays,
+    stands_alone,
 )
 from mupx.optim.base import (
     Groups,
@@ -190,7 +190,7 @@ class Kronecker(Captured):
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
             if self._sketches(state, side, new, old):
                 return self._sketched(state, side, old, new, weight)
-            if self._stands_alone(new):
+            if stands_alone(new.shape[0], new.shape[1], self.solver, self.ema, self.refresh == 1):
                 sums.alone.add(side)
                 return alone(new)
             if isinstance(old, Spanned):
@@ -223,11 +223,6 @@ class Kronecker(Captured):
             return True
         d, n = new.shape
         return sketch.pays(d, n, 0 if old is None else old.columns.shape[-1], self.solver, self.ema)
-
-    def _stands_alone(self, new: Tensor) -> bool:
-        """Whether a step's own columns are its factor, solved for as they are."""
-        batch_only = self.ema == 0.0 and self.refresh == 1
-        return batch_only and (self.solver == "low-rank" or alone_pays(*new.shape))
 
     def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
         d, n = new.shape
