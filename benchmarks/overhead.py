@@ -75,7 +75,8 @@ def measure(steps: int, trials: int) -> dict[str, str]:
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         stack.enter_context(mock.patch.object(Proxy, "__call__", training.around(call)))
-        stack.enter_context(mock.patch.object(bulk, "write", storing.around(bulk.write)))
+        for name in ("create", "write"):
+            stack.enter_context(mock.patch.object(bulk, name, storing.around(getattr(bulk, name))))
         for name in (name for name in dir(BaseStorage) if name.startswith(("get_", "set_", "create_"))):
             timed = storing.around(getattr(_CachedStorage, name))
             stack.enter_context(mock.patch.object(_CachedStorage, name, timed))

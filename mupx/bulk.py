@@ -1,8 +1,9 @@
-"""Many values of one trial written at one stroke (no torch).
+"""One trial made, and many of its values written, at one stroke (no torch).
 
-Optuna writes each attribute and each report in a transaction of its own, and each reads the trial first. On
-SQLite and PostgreSQL one transaction with one statement per table takes all of them; it uses Optuna's own
-tables, and where these are not what they were, or the storage is another, the values go one by one.
+Optuna writes each attribute, parameter and report in a transaction of its own, and each reads the trial
+first. On SQLite and PostgreSQL one transaction with one statement per table takes all of them; it uses
+Optuna's own tables, and where these are not what they were, or the storage is another, the values go one by
+one.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.trial import TrialState
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial, TrialState
 
 DIALECTS = ("sqlite", "postgresql")  # those that can insert or update
 
@@ -26,14 +29,51 @@ class End(NamedTuple):
     value: float | None
 
 
+class Point(NamedTuple):
+    """Parameters of a trial and what they were drawn from."""
+
+    values: Mapping[str, float]
+    distributions: Mapping[str, BaseDistribution]
+
+
+NO_POINT = Point({}, {})
+
+
+def create(study: Study, attributes: Mapping[str, Any]) -> FrozenTrial:
+    """Make a running trial that has its attributes from the start.
+
+    Args:
+        study: Its study.
+        attributes: User attributes, as JSON takes them; one at least.
+
+    Returns:
+        The trial, without what others see of it later.
+
+    Raises:
+        StorageInternalError: The storage does not work; the trial may have been made.
+    """
+    from optuna.trial import TrialState, create_trial
+
+    template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
+    backend = _backend(study)
+    made = None if backend is None else _made(backend, study._study_id, attributes)
+    if made is None:
+        storage = study._storage
+        trial_id = storage.create_new_trial(study._study_id, template_trial=template)
+        made = trial_id, storage.get_trial_number_from_id(trial_id)
+    template._trial_id, template.number = made
+    return template
+
+
 def write(
     study: Study,
     trial_id: int,
     attributes: Mapping[str, Any],
     reports: Mapping[int, float],
     end: End | None = None,
+    point: Point = NO_POINT,
 ) -> None:
-    """Write attributes and intermediate values of a running trial, and its end.
+    """Write attributes, intermediate values and parameters of a running trial, and its end.
 
     Args:
         study: Its study.
@@ -41,28 +81,39 @@ def write(
         attributes: User attributes, as JSON takes them.
         reports: Step → value; finite.
         end: None where it goes on; then all this may be done twice.
+        point: Its parameters, where they are to be written.
 
     Raises:
         UpdateFinishedTrialError: The trial is finished.
         StorageInternalError: The storage does not work.
     """
-    if not attributes and not reports and end is None:
+    if not attributes and not reports and not point.values and end is None:
         return
+    backend = _backend(study)
+    if backend is None or not _together(backend, trial_id, attributes, reports, end, point):
+        one_by_one(study._storage, trial_id, attributes, reports, end, point)
+
+
+def _backend(study: Study) -> Any:
+    """Return the storage behind Optuna's cache; None where it is none of the databases known here."""
     storage: Any = study._storage
     backend = getattr(storage, "_backend", storage)
     engine = getattr(backend, "engine", None)
-    if (
-        engine is None
-        or engine.dialect.name not in DIALECTS
-        or not _together(backend, trial_id, attributes, reports, end)
-    ):
-        one_by_one(storage, trial_id, attributes, reports, end)
+    return None if engine is None or engine.dialect.name not in DIALECTS else backend
 
 
 def one_by_one(
-    storage: Any, trial_id: int, attributes: Mapping[str, Any], reports: Mapping[int, float], end: End | None
+    storage: Any,
+    trial_id: int,
+    attributes: Mapping[str, Any],
+    reports: Mapping[int, float],
+    end: End | None,
+    point: Point = NO_POINT,
 ) -> None:
     """Write through Optuna's interface."""
+    for name, value in point.values.items():
+        kind = point.distributions[name]
+        storage.set_trial_param(trial_id, name, kind.to_internal_repr(value), kind)
     for step, value in reports.items():
         storage.set_trial_intermediate_value(trial_id, step, value)
     for key, item in attributes.items():
@@ -72,14 +123,40 @@ def one_by_one(
         storage.set_trial_state_values(trial_id, end.state, values)
 
 
+def _made(backend: Any, study_id: int, attributes: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the storage's number of a new trial and its number in the study."""
+    try:
+        from optuna.storages._rdb import models
+        from optuna.storages._rdb.storage import _create_scoped_session
+        from optuna.trial import TrialState
+
+        session_of, study, trial = backend.scoped_session, models.StudyModel, models.TrialModel
+        find, count = study.find_or_raise_by_id, trial.count_past_trials
+        table = models.TrialUserAttributeModel.__table__
+    except (ImportError, AttributeError):
+        return None
+    rows = [{"key": key, "value_json": json.dumps(item)} for key, item in attributes.items()]
+    with _create_scoped_session(session_of) as session:
+        find(study_id, session, for_update=True)  # numbers are counted: nobody else may count now
+        new = trial(study_id=study_id, state=TrialState.RUNNING, datetime_start=datetime.now())
+        session.add(new)
+        session.flush()
+        new.number = count(new, session)
+        made: Any = new  # its columns are numbers by now
+        _insert(backend, session, table, made.trial_id, rows)
+        return made.trial_id, made.number
+
+
 def _together(
     backend: Any,
     trial_id: int,
     attributes: Mapping[str, Any],
     reports: Mapping[int, float],
     end: End | None,
+    point: Point,
 ) -> bool:
     try:
+        from optuna.distributions import distribution_to_json
         from optuna.storages._rdb import models
         from optuna.storages._rdb.storage import _create_scoped_session
 
@@ -87,7 +164,11 @@ def _together(
         set_value = backend._set_trial_value_without_commit
         find = models.TrialModel.find_or_raise_by_id
         as_stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
-        tables = models.TrialUserAttributeModel.__table__, models.TrialIntermediateValueModel.__table__
+        tables = (
+            models.TrialUserAttributeModel.__table__,
+            models.TrialIntermediateValueModel.__table__,
+            models.TrialParamModel.__table__,
+        )
     except (ImportError, AttributeError):
         return False
     stored = {step: as_stored(value) for step, value in reports.items()}
@@ -97,14 +178,20 @@ def _together(
             {"step": step, "intermediate_value": value, "intermediate_value_type": kind}
             for step, (value, kind) in stored.items()
         ],
+        [
+            {
+                "param_name": name,
+                "param_value": point.distributions[name].to_internal_repr(value),
+                "distribution_json": distribution_to_json(point.distributions[name]),
+            }
+            for name, value in point.values.items()
+        ],
     )
     with _create_scoped_session(session_of) as session:
         trial = find(trial_id, session, for_update=end is not None)
         check(trial_id, trial.state)
         for table, some in zip(tables, rows, strict=True):
-            if some:
-                statement = _upsert(backend.engine.dialect.name, table, *some[0])
-                session.execute(statement, [{"trial_id": trial_id, **row} for row in some])
+            _insert(backend, session, table, trial_id, some)
         if end is not None:
             if end.value is not None:
                 set_value(session, trial, 0, end.value)
@@ -112,6 +199,13 @@ def _together(
     return True
 
 
+def _insert(backend: Any, session: Any, table: Any, trial_id: int, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        statement = _upsert(backend.engine.dialect.name, table, *rows[0])
+        session.execute(statement, [{"trial_id": trial_id, **row} for row in rows])
+
+
+@cache  # a statement that is the same object is compiled once
 def _upsert(dialect: str, table: Any, unique: str, *others: str) -> Any:
     from sqlalchemy.dialects import postgresql, sqlite
 

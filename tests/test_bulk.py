@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
@@ -64,6 +66,46 @@ def test_it_ends_a_trial_as_optuna_does(study, end):
         bulk.write(study, together._trial_id, {}, {}, end)
 
 
+POINT = bulk.Point(
+    {"lr": 0.1 + 0.2, "momentum": 0.9},
+    {"lr": FloatDistribution(1e-3, 1.0, log=True), "momentum": FloatDistribution(0.0, 0.98)},
+)
+
+
+def test_it_writes_the_parameters_that_optuna_would_have_suggested(study):
+    together, alone = study.ask(), study.ask()
+    bulk.write(study, together._trial_id, {}, {}, point=POINT)
+    bulk.write(study, together._trial_id, {}, {}, point=POINT)  # the first time was not heard of
+    bulk.one_by_one(study._storage, alone._trial_id, {}, {}, None, POINT)
+    first, second = study.get_trials()
+    assert first.params == second.params == POINT.values
+    assert first.distributions == second.distributions == POINT.distributions
+
+
+def test_a_trial_is_made_with_its_attributes_and_the_next_number(study):
+    study.tell(study.ask(), 1.0)
+    made = bulk.create(study, ATTRIBUTES)
+    before, seen = study.get_trials()
+    assert (made.number, made._trial_id, made.state) == (seen.number, seen._trial_id, TrialState.RUNNING)
+    assert made.user_attrs == seen.user_attrs == ATTRIBUTES
+    assert seen.number == 1
+    assert seen.state == TrialState.RUNNING
+    assert before.datetime_complete <= seen.datetime_start <= datetime.now()
+    assert study.ask().number == 2
+    bulk.write(study, made._trial_id, {}, REPORTS, bulk.End(TrialState.COMPLETE, 0.5))
+    assert study.get_trials()[1].value == 0.5
+
+
+def test_a_trial_that_cannot_be_made_whole_is_not_made(tmp_path):
+    study = open_study(f"sqlite:///{tmp_path}/study.db", "s", create=True, identity=None)
+    with study._storage._backend.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE trial_user_attributes")
+    with pytest.raises(StorageInternalError):
+        bulk.create(study, ATTRIBUTES)
+    with study._storage._backend.engine.begin() as connection:
+        assert not connection.exec_driver_sql("SELECT * FROM trials").all()
+
+
 def test_a_finished_trial_stays_as_it_is(study):
     trial = study.ask()
     study.tell(trial, 1.0)
@@ -81,6 +123,13 @@ def test_another_optuna_is_written_to_one_by_one(study, monkeypatch):
     assert ours
     monkeypatch.undo()
     assert found(study, trial)[0] == ATTRIBUTES
+    monkeypatch.delattr(models.TrialUserAttributeModel, "__table__")
+    kept: list[int] = []
+    monkeypatch.setattr(
+        study._storage, "create_new_trial", lambda *_, **given: kept.append(1) or trial._trial_id
+    )
+    assert bulk.create(study, ATTRIBUTES).number == trial.number
+    assert kept
 
 
 def test_a_storage_that_fails_keeps_nothing_of_it(tmp_path):

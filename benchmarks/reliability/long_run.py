@@ -65,7 +65,9 @@ def by_optuna(sampler: str, trials: int, folder: Path, row: Callable[[int], None
     for done in range(trials):
         study.sampler = sampling.sampler(sampler, space, 0, done, 0, finished=done)
         trial = study.ask()
-        study.tell(trial, bowl(Hyperparameters(**sampling.suggest(trial, space))))
+        axes = sampling.distributions(space).items()
+        point = {name: trial.suggest_float(name, d.low, d.high, log=d.log) for name, d in axes}
+        study.tell(trial, bowl(Hyperparameters(**point)))
         row(done + 1)
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
-
-from optuna.exceptions import UpdateFinishedTrialError
 
 from mupx.config import Hyperparameters
 from mupx.leases import VERDICTS
@@ -22,7 +19,7 @@ from mupx.search.objective import Evaluation, MemberReport, Outcome, together_or
 from mupx.search.trials import Ended, TrialInfo
 
 if TYPE_CHECKING:
-    from optuna import Trial
+    from optuna.trial import FrozenTrial
 
     from mupx.search.worker import Search
 
@@ -50,12 +47,12 @@ def run_batch(
     Yields:
         Each trial as it is told, and what it raised.
     """
-    trials: list[Trial] = []
+    trials: list[FrozenTrial] = []
     chosen: list[Hyperparameters] = []
     try:
         while len(trials) < size and (trial := search.ask()) is not None:
             trials.append(trial)
-            chosen.append(search.suggest(trial))
+            chosen.append(search.values(trial))
         if not trials:
             return
         ended = _evaluate(search, evaluation, trials, chosen)
@@ -77,12 +74,14 @@ def write_down(ended: Sequence[Ended]) -> None:
     rest.
     """
     verdicts = {str(each.trial.number): [each.state.name, each.told] for each in ended}
-    with suppress(UpdateFinishedTrialError):  # in this instant it was given to somebody else
-        ended[0].trial.set_user_attr(VERDICTS, verdicts)
+    ended[0].reporter.write({VERDICTS: verdicts})  # or in this instant it was given to somebody else
 
 
 def _evaluate(
-    search: Search, evaluation: BatchEvaluation, trials: Sequence[Trial], chosen: Sequence[Hyperparameters]
+    search: Search,
+    evaluation: BatchEvaluation,
+    trials: Sequence[FrozenTrial],
+    chosen: Sequence[Hyperparameters],
 ) -> list[Ended]:
     reporters = search.reporters(trials)
 

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
@@ -346,8 +345,19 @@ def require_sampler(name: str) -> None:
         )
 
 
-def suggest(trial: optuna.Trial, space: Box) -> dict[str, float]:
-    """Draw all parameters of a trial."""
+def draw(study: Study, trial: FrozenTrial, space: Box) -> dict[str, float]:
+    """Draw all parameters of a trial as Optuna's ``Trial.suggest_float`` would, and write none of them.
+
+    Args:
+        study: Its study, with the sampler.
+        trial: A trial without parameters.
+        space: The search space.
+    """
+    joint = study.sampler.infer_relative_search_space(study, trial)
+    together = study.sampler.sample_relative(study, trial, joint)
     return {
-        name: trial.suggest_float(name, d.low, d.high, log=d.log) for name, d in distributions(space).items()
+        name: together[name]
+        if name in together
+        else study.sampler.sample_independent(study, trial, name, own)
+        for name, own in distributions(space).items()
     }

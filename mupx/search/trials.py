@@ -18,7 +18,7 @@ from mupx.search.objective import Outcome
 from mupx.storage import redact
 
 if TYPE_CHECKING:
-    from optuna import Study, Trial
+    from optuna import Study
     from optuna.trial import FrozenTrial
 
 BEHIND = 1.0  # seconds for which reports are kept back, and for which the pruner's list of trials is used
@@ -43,15 +43,20 @@ class Reporter:
     report, and at the finished trials as they were at most a second ago.
 
     Args:
+        study: Where it is kept.
         trial: The trial.
         patiently: Calls what may be called twice, and waits for a storage that is away.
         finished: The complete trials, for the pruner.
     """
 
     def __init__(
-        self, trial: Trial, patiently: Callable[[Callable[[], bool]], bool], finished: Complete
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        patiently: Callable[[Callable[[], bool]], bool],
+        finished: Complete,
     ) -> None:
-        self.trial, self.patiently, self.finished = trial, patiently, finished
+        self.study, self.trial, self.patiently, self.finished = study, trial, patiently, finished
         self.values: dict[int, float] = {}
         self._unwritten: dict[int, float] = {}
         self._attributes: set[str] = set()  # those that are written
@@ -77,7 +82,7 @@ class Reporter:
         """Do as :meth:`flush` does, and end the trial, without patience."""
         unwritten = {key: item for key, item in attributes.items() if key not in self._attributes}
         try:
-            bulk.write(self.trial.study, self.trial._trial_id, unwritten, self._unwritten, end)
+            bulk.write(self.study, self.trial._trial_id, unwritten, self._unwritten, end)
         except UpdateFinishedTrialError:
             return False
         self._attributes |= unwritten.keys()
@@ -86,7 +91,7 @@ class Reporter:
 
     def _pruned(self) -> bool:
         seen = create_trial(state=TrialState.RUNNING, intermediate_values=self.values)
-        return self.trial.study.pruner.prune(self.finished, seen)  # type: ignore[arg-type]
+        return self.study.pruner.prune(self.finished, seen)  # type: ignore[arg-type]
 
 
 class Complete:
@@ -133,7 +138,7 @@ class Ended:
     lost: bool = False
 
     @property
-    def trial(self) -> Trial:
+    def trial(self) -> FrozenTrial:
         """The trial."""
         return self.reporter.trial
 

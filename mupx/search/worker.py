@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
-import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
+from mupx import bulk
 from mupx.config import Experiment, Hyperparameters
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
 from mupx.leases import LEASE, Leases, reap
@@ -25,6 +25,7 @@ from mupx.turns import turn
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
 SAME_ERRORS = 3  # equal exceptions in a row that stop a search
@@ -114,37 +115,48 @@ class Search:
             return
         reporter = self.reporters([trial])[0]
         try:
-            ended = self.judge(reporter, lambda: self.evaluation(self.suggest(trial), reporter))
+            ended = self.judge(reporter, lambda: self.evaluation(self.values(trial), reporter))
         except BaseException:  # Ctrl-C, SIGTERM
             self.abandon(trial)
             raise
         yield self.tell(ended)
 
-    def ask(self) -> Trial | None:
-        """Take the first free place; None where there is none at the moment."""
-        made = self.patiently(self._create)
-        if made is None:
+    def ask(self) -> FrozenTrial | None:
+        """Take the first free place and draw its point; None where there is none at the moment."""
+        trial = self.patiently(self._create)
+        if trial is None:
             return None
-        trial_id, place = made
-        self.leases.hold(trial_id)
-        search, ledger = self.experiment.search, self.ledger
-        self.study.sampler = sampling.sampler(
-            search.sampler,
-            search.space,
-            search.seed,
-            place,
-            ledger.attempts(place),
-            ledger.counted,
-            len(ledger.running),
-            partial(sampling.told_to_tpe, ledger.trials, ledger.settled, ledger.leaders, search.seed, place),
-        )
+        self.leases.hold(trial._trial_id)
         try:
-            return self.patiently(lambda: optuna.Trial(self.study, trial_id))
+            self._draw(trial)
         except BaseException:
-            self._give_back(trial_id)
+            self.abandon(trial)
             raise
+        return trial
 
-    def _create(self) -> tuple[int, int] | None:
+    def _draw(self, trial: FrozenTrial) -> None:
+        search, ledger, place = self.experiment.search, self.ledger, trial.user_attrs[slots.SLOT]
+        known = (ledger.trials, ledger.settled, ledger.leaders, search.seed, place)
+
+        def draw() -> dict[str, float]:
+            self.study.sampler = sampling.sampler(
+                search.sampler,
+                search.space,
+                search.seed,
+                place,
+                ledger.attempts(place),
+                ledger.counted,
+                len(ledger.running),
+                partial(sampling.told_to_tpe, *known),
+            )
+            return sampling.draw(self.study, trial, search.space)
+
+        trial.params = self.patiently(draw)
+        trial.distributions = dict(sampling.distributions(search.space))
+        point = bulk.Point(trial.params, trial.distributions)
+        self.patiently(lambda: bulk.write(self.study, trial._trial_id, {}, {}, point=point))
+
+    def _create(self) -> FrozenTrial | None:
         """Make a trial that is held from the start: a process may be killed after any operation."""
         with turn(self.study):
             self._look()
@@ -154,19 +166,16 @@ class Search:
             if place is None:
                 return None
             own = {slots.SLOT: place, LEASE: self.leases.lease()}
-            template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=own)
-            made = self.study._storage.create_new_trial(self.study._study_id, template_trial=template)
-        return made, place
+            return bulk.create(self.study, own)
 
-    def suggest(self, trial: Trial) -> Hyperparameters:
-        """Draw a trial's values beside those that are fixed."""
-        values = self.patiently(lambda: sampling.suggest(trial, self.experiment.search.space))
-        return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **values})
+    def values(self, trial: FrozenTrial) -> Hyperparameters:
+        """Return a trial's point beside the values that are fixed."""
+        return Hyperparameters(**{**self.experiment.hyperparameters.model_dump(), **trial.params})
 
-    def reporters(self, trials: Sequence[Trial]) -> list[Reporter]:
+    def reporters(self, trials: Sequence[FrozenTrial]) -> list[Reporter]:
         """Return what trials that are trained at the same time report to."""
         complete = Complete(self.study, self.ledger.trials)
-        return [Reporter(trial, self.patiently, complete) for trial in trials]
+        return [Reporter(self.study, trial, self.patiently, complete) for trial in trials]
 
     def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
         """Evaluate a trial; what only this one raises is a failure.
@@ -209,11 +218,9 @@ class Search:
         self.leases.release(trial_id)
         return ended.info, ended.error
 
-    def abandon(self, trial: Trial) -> None:
+    def abandon(self, trial: FrozenTrial) -> None:
         """Close a trial that was interrupted."""
-        self._give_back(trial._trial_id)
-
-    def _give_back(self, trial_id: int) -> None:
+        trial_id = trial._trial_id
         self.leases.release(trial_id)
         # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
         with suppress(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mupx.layers import Parameter
+from mupx.search import sampling
 
 STEPS = 48
 UNTRAINED = {"train": 2.35, "validation": 2.30}
@@ -42,6 +43,12 @@ class Calls:
 
 
 calls = Calls()
+
+
+def suggest(trial, space):
+    """Let Optuna's own trial draw a point."""
+    axes = sampling.distributions(space).items()
+    return {name: trial.suggest_float(name, d.low, d.high, log=d.log) for name, d in axes}
 
 
 def load_data(experiment):

@@ -310,7 +310,7 @@ def test_a_second_search_by_mistake_is_refused_and_beside_a_worker_it_waits(
     parent = {"pid": os.getppid(), "start": processes.born(os.getppid()), "kind": kind}
     trial.set_user_attr("lease", {**leases.Leases(study, 60).lease(), **parent})
     trial.set_user_attr("slot", 2)
-    sampling.suggest(trial, experiment.search.space)
+    synthetic.suggest(trial, experiment.search.space)
 
     def told(seconds):  # instead of a pause: the other one ends its trial
         study.tell(trial, 0.5)

@@ -164,7 +164,9 @@ def test_what_is_not_finite_or_was_reported_before_is_not_reported():
 
 def reported_to(study):
     trial = study.ask()
-    return trial, trials.Reporter(trial, lambda call: call(), trials.Complete(study, study.get_trials()))
+    return trial, trials.Reporter(
+        study, trial, lambda call: call(), trials.Complete(study, study.get_trials())
+    )
 
 
 def test_no_pruner_never_prunes():

@@ -14,6 +14,7 @@ from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from mupx.search import sampling
 from mupx.search.slots import Ledger
+from tests.search.synthetic import suggest
 
 BOX = {"lr": Range(low=1e-3, high=10.0), "momentum": Range(low=0.0, high=0.98, log=False)}
 
@@ -69,7 +70,7 @@ def propose(name, count, seed=3, failed_before=None, lost=()):
             failed = 0 if failed_before is None or n < failed_before else 1
             study.sampler = sampling.sampler(name, BOX, seed, n, failed, n)
             trial = study.ask()
-            values = sampling.suggest(trial, BOX)
+            values = suggest(trial, BOX)
             if n in lost and trial.number == n + sum(m < n for m in lost):
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
@@ -100,7 +101,7 @@ def test_one_sampler_for_the_whole_search_would_not_resume():
             if n == restart_at:
                 study.sampler = optuna.samplers.TPESampler(seed=1)
             trial = study.ask()
-            study.tell(trial, sampling.suggest(trial, BOX)["lr"])
+            study.tell(trial, suggest(trial, BOX)["lr"])
         return [t.params for t in study.trials]
 
     assert run(restart_at=6) != run(restart_at=None)
@@ -157,9 +158,23 @@ def drawn(study, slot, trials):
     known = None if trials is None else lambda: trials
     study.sampler = sampling.sampler("tpe", BOWL, 0, slot, known=known, **counts)
     trial = study.ask()
-    point = sampling.suggest(trial, BOWL)
+    point = suggest(trial, BOWL)
     study.tell(trial, state=TrialState.FAIL)
     return point
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc"] + (["gp"] if find_spec("scipy") else []))
+@pytest.mark.parametrize("finished", [4, 14])
+def test_what_is_drawn_is_what_optuna_would_suggest(name, finished):
+    study = searched(finished)
+    space = {**BOWL, "momentum": Range(low=0.0, high=0.98, log=False)}
+    points = []
+    for slot in (finished, finished, finished + 1):
+        study.sampler = sampling.sampler(name, space, 3, slot, finished=finished)
+        trial = study.ask() if points else optuna.create_trial(state=TrialState.RUNNING)
+        points.append(suggest(trial, space) if len(points) else sampling.draw(study, trial, space))
+    assert points[0] == points[1] != points[2]
+    assert list(points[0]) == sorted(space)
 
 
 @pytest.mark.parametrize("running", [0, 3])

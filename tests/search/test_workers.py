@@ -196,7 +196,7 @@ def test_two_that_ask_at_once_take_two_places_because_they_take_turns(training, 
         search = worker.Search(study, experiment, None, made.url, Leases(study, 60))  # type: ignore[arg-type]
         created = search._create()
         assert created is not None
-        taken.append(created[1])
+        taken.append(created.user_attrs["slot"])
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
@@ -333,15 +333,15 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
     """Let every write of a trial's results fail so many times, as a full disk or a lock would."""
     right, failures = bulk.write, []
 
-    def wrong(*arguments: Any) -> None:
-        if len(failures) < times:
+    def wrong(*arguments: Any, **point: Any) -> None:
+        if len(failures) < times and not point:
             failures.append(1)
             from optuna.exceptions import StorageInternalError
             from sqlalchemy.exc import OperationalError
 
             cause = OperationalError("", {}, sqlite3.OperationalError("database or disk is full"))
             raise StorageInternalError("commit") from cause
-        right(*arguments)
+        right(*arguments, **point)
 
     monkeypatch.setattr(bulk, "write", wrong)
     monkeypatch.setattr(storage, "PAUSES", (0.01,))
