@@ -109,12 +109,12 @@ def command(
     if source is None:
         base, place = _described(context.params, set_), Path("recipe.toml")
     else:
-        _refuse_description(context.params, set_)
+        _refuse_description(context.params, set_, depth)
         base, place = _found(source, pick, storage)
     if depth is not None:
         if source is not None:
             o.require_allowed(context, base.experiment, (), allow_code)
-        base = _deepened(base, depth)
+        base = _deepened(base, depth, None if source is None else data_dir)
     target = base if width is None else base.transfer(width)
     path = output or place.with_name(_stem(place) + _size(target, depth) + ".toml")
     if source is not None and _same(path, Path(source)):
@@ -160,10 +160,12 @@ def _found(source: str, pick: str | None, storage: str | None) -> tuple[Recipe, 
     return recipes.read(path), path
 
 
-def _deepened(recipe: Recipe, depth: int) -> Recipe:
+def _deepened(recipe: Recipe, depth: int, data_dir: str | None) -> Recipe:
+    """Return the recipe at another depth; what the model is given is read from ``data_dir``, if stated."""
     from mupx import parts
 
-    return parts.at_depth(recipe, depth, parts.load_data(recipe.experiment))
+    here = recipe.experiment if data_dir is None else recipe.experiment.updated({"data.dir": data_dir})
+    return parts.at_depth(recipe, depth, parts.load_data(here))
 
 
 def _size(recipe: Recipe, depth: int | None) -> str:
@@ -209,8 +211,10 @@ def _refuse_missing(stated: Mapping[str, Any], experiment: Experiment) -> None:
         )
 
 
-def _refuse_description(flags: Mapping[str, Any], items: list[str] | None) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in DESCRIBING if flags[name] is not None]
+def _refuse_description(flags: Mapping[str, Any], items: list[str] | None, depth: int | None) -> None:
+    # Another depth builds the model, for which the data may be in another place than where it was tuned.
+    refused = [name for name in DESCRIBING if depth is None or name != "data_dir"]
+    given = [f"--{name.replace('_', '-')}" for name in refused if flags[name] is not None]
     if given or items:
         raise UsageError(
             f"{', '.join(given or ['--set'])}: the source says that already; leave it out, or SOURCE"

@@ -28,7 +28,9 @@ def build(width, blocks=2, scale=1.0):
     return Net(width, blocks, scale)
 
 
-def load():
+def load(directory=None):
+    if directory is not None:
+        print("reading", directory)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
     return {"train": (x, x[:, :3].argmax(1)), "validation": (x[:32], x[:32, :3].argmax(1))}
@@ -128,3 +130,15 @@ def test_a_search_runs_at_the_base_depth(own, tmp_path) -> None:
     deep = own("transfer", "r", "--depth", "8", "--width", "16", *ALLOW)
     assert deep.code == 0, deep.err
     assert (tmp_path / "r" / "recipe-w16-d8.toml").exists()
+
+
+def test_the_data_may_lie_elsewhere_than_where_it_was_tuned(own, tmp_path) -> None:
+    assert own(*VALUES, *DECLARED, "--width", "8").code == 0
+    deep = own("transfer", "base.toml", "--depth", "8", "--data-dir", "elsewhere", *ALLOW)
+    assert (deep.code, "reading elsewhere" in deep.out) == (0, True)
+    plain = own("transfer", "base.toml", "--depth", "8", *ALLOW, "-o", "plain.toml")
+    assert (plain.code, "reading" in plain.out) == (0, False)
+    assert (tmp_path / "base-w8-d8.toml").read_text() == (tmp_path / "plain.toml").read_text()
+    refused = own("transfer", "base.toml", "--width", "16", "--data-dir", "elsewhere", *ALLOW)
+    assert refused.code == 2
+    assert "--data-dir: the source says that already" in refused.err
