@@ -1,6 +1,7 @@
 # mupx: `make demo` runs the main job on real data, `make test` runs the tests. No other set-up.
 PYTHON ?= python3
 VENV   := .venv
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
@@ -21,11 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Tune K-FAC at width 64 on Fashion-MNIST, transfer to width 1024, train it, show the regret
 	@$(BIN)/python examples/01_tune_and_transfer.py
 
-test: $(STAMP)  ## Install and run the test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Install and run the test suite, in JOBS processes (2)
+	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
 test-slow: $(STAMP)  ## Run also the tests that take minutes
-	$(BIN)/python -m pytest -m 'not gpu and not dist and not postgres'
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m 'not gpu and not dist and not postgres'
 
 check: $(STAMP)  ## Run the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .
