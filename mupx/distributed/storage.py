@@ -92,9 +92,19 @@ class _Table(pickle.Unpickler):
     """Reads a table of contents and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # how some releases of Python 3.11 write a member of an enumeration
         if (module, name) not in PLAIN:
             raise ValueError(f"it asks for {module}.{name}, which no checkpoint of mupx has")
         return super().find_class(module, name)
+
+
+def _memory_format(kind: Any, name: str) -> Any:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise ValueError(f"it asks for the attribute {name} of {kind!r}, which no checkpoint of mupx has")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def _reader(directory: Path) -> FileSystemReader:

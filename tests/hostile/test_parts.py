@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from mupx.distributed.storage import read_parts, sizes, write_parts
 from mupx.errors import MismatchError
@@ -50,6 +50,35 @@ def table(folder: Path) -> Any:
 def test_what_was_written_is_read(parts: Path) -> None:
     assert torch.equal(read(parts), torch.ones(2, 3))
     assert [dtype for _, dtype in sizes(parts).values()] == list(DTYPES)
+
+
+def test_what_python_3_11_2_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    write_parts(tmp_path / "parts", {"t0": torch.ones(2, 3)}, True)
+    assert b"getattr" in (tmp_path / "parts" / ".metadata").read_bytes()
+    assert torch.equal(read(tmp_path / "parts"), torch.ones(2, 3))
+
+
+class Attribute:
+    """Takes an attribute when it is unpickled."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.asked = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.asked
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [(torch.Size, "__base__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "x")],
+)
+def test_a_table_that_asks_for_other_attributes_is_refused(parts: Path, of: Any, name: str) -> None:
+    (parts / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
+    for reading in (read, sizes):
+        with pytest.raises(MismatchError, match=name):
+            reading(parts)
 
 
 def test_a_table_that_runs_a_command_is_refused(parts: Path, tmp_path: Path) -> None:
