@@ -62,7 +62,12 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "shampoo": {"lr": 0.02, "damping": 0.01},
 }
 # A factor of n channels has eigenvalues of about trace/n: ρ' below 1/n is another regime, left as n grows.
-SETTLED = {("resnet", "kfac"): {"damping": 1.0}, ("vgg19", "kfac"): {"damping": 1.0}}
+# What BatchNorm leaves of a shortcut's gradient is small: below a ridge of λmax/3 Shampoo blows it up.
+SETTLED = {
+    ("resnet", "kfac"): {"damping": 1.0},
+    ("vgg19", "kfac"): {"damping": 1.0},
+    ("resnet", "shampoo"): {"damping": 0.3},
+}
 LARGE = {"blocks": 32, "refresh": 10, "staleness": 1.0}
 STRUCTURES: dict[tuple[str, str], dict[str, object]] = {
     ("resnet", "shampoo"): LARGE,
