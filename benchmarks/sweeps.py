@@ -210,6 +210,45 @@ def regret(
     return result
 
 
+def transferred(
+    cells: Cells, base: Cell, chosen: Cell, axes: Sequence[str], seeds: Sequence[int], reach: int
+) -> dict[str, Any]:
+    """Return what lines through a transferred point say of it: the columns of a row of a table.
+
+    Args:
+        cells: The runs.
+        base: The point tuned on the small model.
+        chosen: The same values on the large one.
+        axes: What was tuned; an axis not measured yet, on results that are only read, has no drift.
+        seeds: Two or more.
+        reach: Half-octave steps to either side of the transferred point, at least.
+
+    Raises:
+        KeyError: Only results are read, and the first axis is not among them.
+    """
+    lines = {}
+    for axis in axes:
+        try:
+            lines[axis] = line(cells, chosen, axis, seeds, reach)
+        except KeyError:
+            if not cells.offline or not lines:
+                raise
+    points = [point for one in lines.values() for point in one]
+    best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
+    regrets = regret(cells, chosen, points, seeds)
+    return {
+        "base log2 lr": base.log2_lr,
+        "drift lr": octaves(base.log2_lr, best["log2_lr"]),
+        "drift ρ": octaves(base.log2_damping, best.get("log2_damping", float("nan"))),
+        "base loss": mean_loss(cells, base, seeds),
+        "transferred": mean_loss(cells, chosen, seeds),
+        "best": mean_loss(cells, best_of(cells, points, seeds), seeds),
+        "regret": sum(regrets) / len(regrets),
+        "regret range": f"{min(regrets):+.4f} … {max(regrets):+.4f}",
+        "validation": mean_loss(cells, chosen, seeds, "validation_loss"),
+    }
+
+
 def set_threads(threads: int) -> str:
     """Set torch's threads and return a line that states machine and versions."""
     torch.set_num_threads(threads)

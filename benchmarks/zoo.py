@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from images import cifar10_16
-from sweeps import Cell, Cells, best_of, line, mean_loss, octaves, regret, set_threads, tune_base
+from sweeps import Cell, Cells, set_threads, transferred, tune_base
 from transfer import axes_of, show
 
 from mupx.datasets import fashion_mnist_14, tiny_shakespeare, wikitext_2
@@ -143,30 +143,12 @@ def measure(
     start = Cell(name, optimizer, rule, "mup", base_width, lr, damping, seeds[0])
     base = tune_base(cells, start, axes_of(optimizer), seeds)
     chosen = replace(base, width=multiple * base_width, parametrization=parametrization)
-    lines = {}
-    for axis in axes_of(optimizer):
-        try:
-            lines[axis] = line(cells, chosen, axis, seeds, WIDE_REACH)
-        except KeyError:  # an axis that is not measured yet has no drift; without lr there is no row
-            if not cells.offline or not lines:
-                raise
-    points = [point for one in lines.values() for point in one]
-    best = {axis: getattr(best_of(cells, one, seeds), axis) for axis, one in lines.items()}
-    regrets = regret(cells, chosen, points, seeds)
     return {
         "model": name,
         "optimizer": optimizer,
         "param.": parametrization,
         "width": f"{base_width} → {chosen.width}",
-        "base log2 lr": base.log2_lr,
-        "drift lr": octaves(base.log2_lr, best["log2_lr"]),
-        "drift ρ": octaves(base.log2_damping, best.get("log2_damping", float("nan"))),
-        "base loss": mean_loss(cells, base, seeds),
-        "transferred": mean_loss(cells, chosen, seeds),
-        "best": mean_loss(cells, best_of(cells, points, seeds), seeds),
-        "regret": sum(regrets) / len(regrets),
-        "regret range": f"{min(regrets):+.4f} … {max(regrets):+.4f}",
-        "validation": mean_loss(cells, chosen, seeds, "validation_loss"),
+        **transferred(cells, base, chosen, axes_of(optimizer), seeds, WIDE_REACH),
     }
 
 
