@@ -3,6 +3,8 @@
     python benchmarks/zoo_verdicts.py             # measure what is missing, then print the table
     python benchmarks/zoo_verdicts.py --table     # print the committed results
     python benchmarks/zoo_verdicts.py --quick     # the same with sweeps, as `mupx verify --quick`
+    python benchmarks/zoo_verdicts.py --doublings output.weight --families vgg19 --optimizers adamw
+                                                  # these tensors from each width to the next, no CSV
     python benchmarks/zoo_verdicts.py --smoke     # one family, two optimizers, no CSV
 
 Slopes only (coordinate check after 1 and 10 steps, curvature orders, lint), over the widths named below,
@@ -16,8 +18,11 @@ on ResNet and VGG-19 would have sides of up to 9,216: there it has blocks of 32 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +120,26 @@ def measure(
     structure: Mapping[str, object] | None = None,
     quick: bool = False,
 ) -> dict[str, object]:
+    started = time.process_time()
+    report = verified(family, optimizer, widths, hyperparameters, structure, quick)
+    return {
+        "family": family,
+        "optimizer": optimizer,
+        "widths": f"{report.widths[0]} … {report.widths[-1]}",
+        "verdict": report.verdict,
+        "worst": worst(report),
+        "cpu_seconds": f"{time.process_time() - started:.0f}",
+    }
+
+
+def verified(
+    family: str,
+    optimizer: str,
+    widths: tuple[int, ...] | None = None,
+    hyperparameters: Mapping[str, float] | None = None,
+    structure: Mapping[str, object] | None = None,
+    quick: bool = False,
+) -> Report:
     model, args, kind, usual = FAMILIES[family]
     widths = widths or usual
     values = hyperparameters or {**OPTIMIZERS[optimizer], **SETTLED.get((family, optimizer), {})}
@@ -127,16 +152,21 @@ def measure(
             "scaling": {"base_width": widths[0], "width": widths[0]},
         }
     )
-    started = time.process_time()
-    report = verify(experiment, data=load(kind), widths=widths, quick=quick, sweeps=quick)
-    return {
-        "family": family,
-        "optimizer": optimizer,
-        "widths": f"{widths[0]} … {widths[-1]}",
-        "verdict": report.verdict,
-        "worst": worst(report),
-        "cpu_seconds": f"{time.process_time() - started:.0f}",
-    }
+    return verify(experiment, data=load(kind), widths=widths, quick=quick, sweeps=quick)
+
+
+def doublings(report: Report, name: str) -> list[str]:
+    """Return how far some tensors' own contributions are off, in all and from each width to the next."""
+    lines = []
+    for row in (row for row in report.rows if row.quantity == "own" and name in row.name):
+        logs: dict[int, list[float]] = {}
+        for width, _, value in row.series:
+            logs.setdefault(width, []).append(math.log2(value))
+        means = [(math.log2(width), statistics.fmean(logs[width])) for width in sorted(logs)]
+        steps = [(y2 - y1) / (x2 - x1) - row.expected for (x1, y1), (x2, y2) in pairwise(means)]
+        found = " ".join(f"{step:+.2f}" for step in steps)
+        lines.append(f"{row.off:+.2f} {row.name}, step {row.step}: {found}")
+    return lines
 
 
 def worst(report: Report) -> str:
@@ -163,6 +193,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--quick", action="store_true", help="with sweeps: one to many minutes each")
+    parser.add_argument("--doublings", metavar="NAME", help="of tensors with this in their name")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--smoke", action="store_true")
@@ -170,6 +201,13 @@ def main() -> None:
     if arguments.smoke:
         print(set_threads(1))
         print(show([measure("gpt", optimizer, (16, 32)) for optimizer in ("sgd", "kfac")]))
+        return
+    if arguments.doublings:
+        print(set_threads(1))
+        for family in arguments.families:
+            for optimizer in arguments.optimizers:
+                lines = doublings(verified(family, optimizer), arguments.doublings)
+                print(f"{family} with {optimizer}", *lines, sep="\n  ", flush=True)
         return
     path = arguments.csv or RESULTS / ("zoo-quick.csv" if arguments.quick else "zoo-verdicts.csv")
     rows = read_rows(path)
