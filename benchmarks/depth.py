@@ -20,10 +20,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sweeps import Cell, Cells, set_threads, transferred, tune_base
+from sweeps import Cell, Cells, gathered, set_threads, transferred, tune_base
 from transfer import axes_of, show
 
 HERE = Path(__file__).parent
@@ -43,7 +45,7 @@ SETTING: dict[str, Any] = {
     "train.schedule": "cosine",
     "train.warmup": 0.1,
     "train.device": "cpu",
-    "optimizer.fallback_lr": 0.0078,
+    "optimizer.fallback_lr": 2.0**-7,
 }
 SHORT = {"train.batch_size": 16, "train.steps": 8}
 
@@ -87,19 +89,10 @@ def main() -> None:
     common = {**SETTING, "train.threads": arguments.threads, **(SHORT if arguments.smoke else {})}
     settings = {setting(depth): {**common, "depth.depth": depth} for depth in (BASE, *arguments.depths)}
     cells = Cells(arguments.csv, settings, offline=arguments.table)
-    rows = []
-    for optimizer in arguments.optimizers:
-        for parametrization in arguments.parametrizations:
-            for depth in arguments.depths:
-                try:
-                    row = measure(cells, optimizer, parametrization, depth, arguments.seeds)
-                except KeyError:
-                    if not arguments.table:
-                        raise
-                    continue  # not measured yet
-                rows.append(row)
-                if not arguments.table:
-                    print(row, flush=True)
+    wanted = product(arguments.optimizers, arguments.parametrizations, arguments.depths)
+    rows = gathered(
+        (partial(measure, cells, *case, arguments.seeds) for case in wanted), offline=arguments.table
+    )
     print(show(rows) if rows else f"nothing measured in {cells.path}")
 
 

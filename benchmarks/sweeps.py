@@ -249,6 +249,21 @@ def transferred(
     }
 
 
+def gathered(measures: Iterable[Callable[[], dict[str, Any]]], *, offline: bool) -> list[dict[str, Any]]:
+    """Return a row per measurement, printed as it is made; offline without those not measured yet."""
+    rows = []
+    for measure in measures:
+        try:
+            rows.append(measure())
+        except KeyError:
+            if not offline:
+                raise
+            continue
+        if not offline:
+            print(rows[-1], flush=True)
+    return rows
+
+
 def set_threads(threads: int) -> str:
     """Set torch's threads and return a line that states machine and versions."""
     torch.set_num_threads(threads)

@@ -24,12 +24,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from images import cifar10_16
-from sweeps import Cell, Cells, set_threads, transferred, tune_base
+from sweeps import Cell, Cells, gathered, set_threads, transferred, tune_base
 from transfer import axes_of, show
 
 from mupx.datasets import fashion_mnist_14, tiny_shakespeare, wikitext_2
@@ -172,21 +173,11 @@ def main() -> None:
     default = HERE / "results" / ("zoo-smoke.csv" if arguments.smoke else "zoo.csv")
     families = SMOKE if arguments.smoke else FAMILIES
     cells = Zoo(arguments.csv or default, families, offline=arguments.table)
-    rows = []
-    for name in arguments.families:
-        for optimizer in arguments.optimizers:
-            for parametrization in arguments.parametrizations:
-                try:
-                    row = measure(
-                        cells, name, optimizer, parametrization, arguments.multiple, arguments.seeds
-                    )
-                except KeyError:
-                    if not arguments.table:
-                        raise
-                    continue  # not measured yet
-                rows.append(row)
-                if not arguments.table:
-                    print(row, flush=True)
+    wanted = product(arguments.families, arguments.optimizers, arguments.parametrizations)
+    rows = gathered(
+        (partial(measure, cells, *case, arguments.multiple, arguments.seeds) for case in wanted),
+        offline=arguments.table,
+    )
     print(show(rows) if rows else f"nothing measured in {cells.path}")
 
 

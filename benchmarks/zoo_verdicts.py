@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,16 +112,10 @@ def load(kind: str) -> Dataset:
     return text(kind == "context") if kind in ("text", "context") else images(kind == "large images")
 
 
-def measure(
-    family: str,
-    optimizer: str,
-    widths: tuple[int, ...] | None = None,
-    hyperparameters: Mapping[str, float] | None = None,
-    structure: Mapping[str, object] | None = None,
-    quick: bool = False,
-) -> dict[str, object]:
+def measure(family: str, optimizer: str, *given: Any, **named: Any) -> dict[str, object]:
+    """Return a row of the table; arguments as for :func:`verified`."""
     started = time.process_time()
-    report = verified(family, optimizer, widths, hyperparameters, structure, quick)
+    report = verified(family, optimizer, *given, **named)
     return {
         "family": family,
         "optimizer": optimizer,
