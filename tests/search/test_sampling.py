@@ -168,13 +168,18 @@ def drawn(study, slot, trials):
 def test_what_is_drawn_is_what_optuna_would_suggest(name, finished):
     study = searched(finished)
     space = {**BOWL, "momentum": Range(low=0.0, high=0.98, log=False)}
-    points = []
-    for slot in (finished, finished, finished + 1):
+
+    def prepare(slot):
         study.sampler = sampling.sampler(name, space, 3, slot, finished=finished)
-        trial = study.ask() if points else optuna.create_trial(state=TrialState.RUNNING)
-        points.append(suggest(trial, space) if len(points) else sampling.draw(study, trial, space))
-    assert points[0] == points[1] != points[2]
-    assert list(points[0]) == sorted(space)
+
+    prepare(finished)
+    ours = sampling.draw(study, optuna.create_trial(state=TrialState.RUNNING), space)
+    prepare(finished)
+    theirs = suggest(study.ask(), space)
+    prepare(finished + 1)
+    next_one = suggest(study.ask(), space)
+    assert ours == theirs != next_one
+    assert list(ours) == sorted(space)
 
 
 @pytest.mark.parametrize("running", [0, 3])
