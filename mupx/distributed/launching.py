@@ -9,10 +9,12 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mupx.distributed.communicator import LostRankError
-from mupx.errors import MupxError, NoResultError
+from mupx.errors import MupxError, NoResultError, StorageError
+from mupx.files import write_atomically
 
 OURS = "MUPX_LAUNCHED"  # set for ranks whose errors the launcher tells
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for what ended a rank
@@ -96,15 +98,21 @@ def root_cause(failures: Mapping[int, Any]) -> MupxError:
 
 
 def tell(error: MupxError) -> bool:
-    """Leave word of what ends this rank for its launcher; return whether that tells it to the user."""
+    """Leave word of what ends this rank for its launcher; return whether that tells it to the user.
+
+    The file appears whole or not at all: torchrun ends this rank as soon as another one is dead, and fails on
+    a file without an end. Where none can be written the rank itself must speak.
+    """
     path = os.environ.get(ERROR_FILE)
     if path is None or OURS not in os.environ:
         return False
     lost = isinstance(error, LostRankError)
     extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
     told = {"message": str(error), "code": error.exit_code, "lost": lost, "extraInfo": extra}
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": told}, file)
+    try:
+        write_atomically(Path(path), json.dumps({"message": told}).encode())
+    except StorageError:
+        return False
     return True
 
 

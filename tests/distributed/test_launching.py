@@ -1,16 +1,30 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from mupx.distributed.communicator import LostRankError
 from mupx.distributed.launching import ERROR_FILE, OURS, root_cause, tell, torchrun_line
 from mupx.errors import MismatchError
+
+ROOT = Path(__file__).resolve().parents[2]
+TELLING = """
+from mupx.distributed.communicator import LostRankError
+from mupx.distributed.launching import tell
+
+while True:
+    tell(LostRankError("gone " * 1000))
+"""
 
 
 def ended(code: int, time: int = 0, **told: Any) -> Any:
@@ -60,6 +74,32 @@ def test_a_rank_leaves_word_only_for_our_launcher(tmp_path: Path, monkeypatch: p
     assert tell(LostRankError("gone"))
     told = json.loads(path.read_text())["message"]
     assert (told["message"], told["code"], told["lost"]) == ("gone", 7, True)
+
+
+def test_word_left_by_a_rank_that_is_ended_meanwhile_is_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(path))
+    monkeypatch.setenv(OURS, "1")
+    rank = subprocess.Popen([sys.executable, "-c", TELLING], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        while not path.exists():
+            assert rank.poll() is None
+            time.sleep(0.01)
+        for _ in range(2000):
+            failure = ProcessFailure(0, rank.pid, -signal.SIGTERM, str(path))
+            assert failure.error_file_data["message"]["code"] == 7
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def test_a_rank_that_cannot_leave_word_speaks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "file" / "error.json"))
+    monkeypatch.setenv(OURS, "1")
+    (tmp_path / "file").touch()
+    assert not tell(LostRankError("gone"))
 
 
 def test_the_line_can_be_copied() -> None:
