@@ -1,17 +1,17 @@
-"""One trial made, and many of its values written, at one stroke (no torch).
+"""One trial made, many of its values written, and all trials read, at one stroke (no torch).
 
 Optuna writes each attribute, parameter and report in a transaction of its own, and each reads the trial
-first. On SQLite and PostgreSQL one transaction with one statement per table takes all of them; it uses
-Optuna's own tables, and where these are not what they were, or the storage is another, the values go one by
-one.
+first; what it reads goes through an object per value. On SQLite and PostgreSQL one transaction with one
+statement per table takes all of them; it uses Optuna's own tables, and where these are not what they were,
+or the storage is another, the values go one by one and are read as Optuna does.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -92,6 +92,127 @@ def write(
     backend = _backend(study)
     if backend is None or not _together(backend, trial_id, attributes, reports, end, point):
         one_by_one(study._storage, trial_id, attributes, reports, end, point)
+
+
+class Trials:
+    """All trials of a study; a finished one, which never changes, is read once.
+
+    Args:
+        study: The study.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._trials: dict[int, FrozenTrial] = {}  # by the storage's own number
+        self._unfinished: set[int] = set()
+        self._last_finished = -1
+
+    def read(self) -> list[FrozenTrial]:
+        """Return them as they are now, in the order of their numbers; not to be changed.
+
+        Raises:
+            StorageInternalError: The storage does not work.
+        """
+        backend = _backend(self._study)
+        found = None if backend is None else self._changed(backend)
+        if found is None:
+            return self._study.get_trials(deepcopy=False)
+        for trial in found:
+            self._trials[trial._trial_id] = trial
+            if trial.state.is_finished():
+                self._last_finished = max(self._last_finished, trial._trial_id)
+                self._unfinished.discard(trial._trial_id)
+            else:
+                self._unfinished.add(trial._trial_id)
+        return sorted(self._trials.values(), key=lambda trial: trial.number)
+
+    def _changed(self, backend: Any) -> list[FrozenTrial] | None:
+        """Return the trials that were unfinished at the last look, and later ones."""
+        try:
+            from optuna.storages._rdb.storage import _create_scoped_session
+
+            session_of, (trials, *others) = backend.scoped_session, _selects()
+        except (ImportError, AttributeError):
+            return None
+        last = self._last_finished
+        which = {
+            "study": self._study._study_id,
+            "last": last,
+            "unfinished": [number for number in self._unfinished if number <= last],
+        }
+        with _create_scoped_session(session_of) as session:
+            rows = session.execute(trials, which).scalars().all()
+            # Later than the trials themselves: what a finished one has was there before its state.
+            values = [_by_trial(session.execute(select, which).all()) for select in others] if rows else []
+            return [_frozen(row, *(found.get(row.trial_id, []) for found in values)) for row in rows]
+
+
+def _by_trial(rows: Sequence[Any]) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for row in rows:
+        found.setdefault(row[0], []).append(row[1:])
+    return found
+
+
+def _frozen(
+    trial: Any, params: list[Any], values: list[Any], user: list[Any], system: list[Any], reports: list[Any]
+) -> FrozenTrial:
+    from optuna.storages._rdb import models
+    from optuna.trial import FrozenTrial
+
+    value_of = models.TrialValueModel.stored_repr_to_value
+    report_of = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+    kinds = {name: _distribution(kind) for name, _, kind in params}
+    return FrozenTrial(
+        number=trial.number,
+        state=trial.state,
+        value=None,
+        values=[value_of(value, kind) for value, kind in values] or None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        params={name: kinds[name].to_external_repr(value) for name, value, _ in params},
+        distributions=kinds,
+        user_attrs={key: json.loads(item) for key, item in user},
+        system_attrs={key: json.loads(item) for key, item in system},
+        intermediate_values={step: report_of(value, kind) for step, value, kind in reports},
+        trial_id=trial.trial_id,
+    )
+
+
+@lru_cache(256)
+def _distribution(document: str) -> BaseDistribution:
+    from optuna.distributions import json_to_distribution
+
+    return json_to_distribution(document)
+
+
+@cache  # a statement that is the same object is compiled once
+def _selects() -> list[Any]:
+    """Return what reads trials, and their parameters, values, attributes and reports."""
+    import sqlalchemy as sql
+    from optuna.storages._rdb import models
+
+    trial = models.TrialModel
+    changed = sql.or_(
+        trial.trial_id > sql.bindparam("last"),
+        trial.trial_id.in_(sql.bindparam("unfinished", expanding=True)),
+    )
+    these = sql.and_(trial.study_id == sql.bindparam("study"), changed)
+
+    def select(model: Any, order: str, *names: str) -> Any:
+        columns = model.__table__.c
+        found = sql.select(columns.trial_id, *(columns[name] for name in names))
+        return found.join(trial, trial.trial_id == columns.trial_id).where(these).order_by(columns[order])
+
+    reported = ("step", "intermediate_value", "intermediate_value_type")
+    return [
+        sql.select(trial).where(these).order_by(trial.trial_id),  # as objects: they know their time zone
+        select(models.TrialParamModel, "param_id", "param_name", "param_value", "distribution_json"),
+        select(models.TrialValueModel, "objective", "value", "value_type"),
+        select(models.TrialUserAttributeModel, "trial_user_attribute_id", "key", "value_json"),
+        select(models.TrialSystemAttributeModel, "trial_system_attribute_id", "key", "value_json"),
+        select(models.TrialIntermediateValueModel, "trial_intermediate_value_id", *reported),
+    ]
 
 
 def _backend(study: Study) -> Any:

@@ -106,6 +106,37 @@ def test_a_trial_that_cannot_be_made_whole_is_not_made(tmp_path):
         assert not connection.exec_driver_sql("SELECT * FROM trials").all()
 
 
+def test_trials_are_read_as_optuna_reads_them_whatever_changed_since_the_last_look(study):
+    trials = bulk.Trials(study)
+    assert trials.read() == []
+    first, second, third = (bulk.create(study, ATTRIBUTES) for _ in range(3))
+    study._storage.set_trial_system_attr(third._trial_id, "fixed", {"lr": 0.5})
+    assert trials.read() == study.get_trials()
+    bulk.write(study, third._trial_id, {"late": None}, REPORTS, bulk.End(TrialState.PRUNED, -1.5), POINT)
+    bulk.write(study, first._trial_id, {}, REPORTS, point=POINT)
+    assert trials.read() == study.get_trials()
+    bulk.write(study, first._trial_id, {"outcome": "x"}, {}, bulk.End(TrialState.COMPLETE, float("inf")))
+    study.enqueue_trial({"lr": 0.25})
+    assert trials.read() == study.get_trials()
+    study.tell(second._trial_id - first._trial_id, state=TrialState.FAIL)
+    assert trials.read() == trials.read() == study.get_trials()
+    assert [t.state.name for t in trials.read()] == ["COMPLETE", "FAIL", "PRUNED", "WAITING"]
+
+
+def test_a_finished_trial_is_read_once_and_a_study_sees_its_own_trials_only(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study, other = (open_study(url, name, create=True, identity=None) for name in "ab")
+    for one in (other, study, other):
+        one.tell(one.ask(), 1.0)
+    trials = bulk.Trials(study)
+    (known,) = trials.read()
+    running = bulk.create(study, ATTRIBUTES)
+    again, seen = trials.read()
+    assert again is known
+    assert seen.number == running.number
+    assert len(bulk.Trials(other).read()) == 2
+
+
 def test_a_finished_trial_stays_as_it_is(study):
     trial = study.ask()
     study.tell(trial, 1.0)
@@ -130,6 +161,10 @@ def test_another_optuna_is_written_to_one_by_one(study, monkeypatch):
     )
     assert bulk.create(study, ATTRIBUTES).number == trial.number
     assert kept
+    monkeypatch.undo()
+    monkeypatch.delattr(models, "TrialValueModel")
+    bulk._selects.cache_clear()
+    assert bulk.Trials(study).read() == study.get_trials()
 
 
 def test_a_storage_that_fails_keeps_nothing_of_it(tmp_path):

@@ -98,11 +98,11 @@ class Complete:
     """The complete trials of a study, read at most once a second; what Optuna's pruners ask of a study.
 
     Args:
-        study: The study.
-        trials: All of its trials, as they are now.
+        study: The study's trials.
+        trials: What was read of it just now.
     """
 
-    def __init__(self, study: Study, trials: Sequence[FrozenTrial]) -> None:
+    def __init__(self, study: bulk.Trials, trials: Sequence[FrozenTrial]) -> None:
         self._study, self._trials, self._read_at = study, trials, time.monotonic()
         self._complete: list[FrozenTrial] | None = None
         self.direction, self.directions = StudyDirection.MINIMIZE, [StudyDirection.MINIMIZE]
@@ -110,7 +110,7 @@ class Complete:
     def get_trials(self, deepcopy: bool = False, states: object = None) -> list[FrozenTrial]:
         """Return them."""
         if time.monotonic() - self._read_at > BEHIND:
-            self._trials, self._complete = self._study.get_trials(deepcopy=False), None
+            self._trials, self._complete = self._study.read(), None
             self._read_at = time.monotonic()
         if self._complete is None:  # most trials of a search without a pruner never ask
             self._complete = [t for t in self._trials if t.state == TrialState.COMPLETE]

@@ -62,6 +62,11 @@ class Search:
         """What is known of the study's trials."""
         return slots.Ledger(self.experiment.search.trials)
 
+    @cached_property
+    def trials(self) -> bulk.Trials:
+        """The study's trials."""
+        return bulk.Trials(self.study)
+
     def run(self) -> None:
         """Run trials until all places are filled, also those of workers that are gone by then.
 
@@ -92,7 +97,7 @@ class Search:
             return patiently(call, self.url, self.experiment.search.patience, self.leases.forget)
 
     def _look(self) -> None:
-        trials = self.study.get_trials(deepcopy=False)
+        trials = self.trials.read()
         self.ledger.read(trials)
         # Samplers of Optuna's see what it has kept since `study.ask`, which is not called here.
         self.study._thread_local.cached_all_trials = trials
@@ -174,7 +179,7 @@ class Search:
 
     def reporters(self, trials: Sequence[FrozenTrial]) -> list[Reporter]:
         """Return what trials that are trained at the same time report to."""
-        complete = Complete(self.study, self.ledger.trials)
+        complete = Complete(self.trials, self.ledger.trials)
         return [Reporter(self.study, trial, self.patiently, complete) for trial in trials]
 
     def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from mupx import training
+from mupx import bulk, training
 from mupx.config import Experiment
 from mupx.search import sampling, trials
 
@@ -165,7 +165,7 @@ def test_what_is_not_finite_or_was_reported_before_is_not_reported():
 def reported_to(study):
     trial = study.ask()
     return trial, trials.Reporter(
-        study, trial, lambda call: call(), trials.Complete(study, study.get_trials())
+        study, trial, lambda call: call(), trials.Complete(bulk.Trials(study), study.get_trials())
     )
 
 
