@@ -51,6 +51,7 @@ def tune(
     untrained: float | None = None,
     progress: Any = None,
     confirmed: Any = None,
+    stepped: Any = None,
     **settings: Any,
 ) -> SearchResult:
     """Search the hyperparameters on the proxy; see :func:`mupx.search.loop.tune`.
@@ -68,6 +69,7 @@ def tune(
         untrained: With ``objective``: the loss of an untrained model.
         progress: Called after each trial.
         confirmed: Called after each run on a fresh seed.
+        stepped: Called when the trials that are running in this process have come to another report.
         **settings: See the module's docstring; ``space`` is name → (low, high).
 
     Raises:
@@ -93,6 +95,7 @@ def tune(
             untrained=untrained,
             progress=progress,
             confirmed=confirmed,
+            stepped=stepped,
         )
 
 

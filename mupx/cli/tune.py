@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from mupx.locks import held
 
 if TYPE_CHECKING:
     from mupx.search import Edge, SearchResult, TrialInfo
+    from mupx.search.trials import Reached
 
 SCALE_UP = 16  # the width suggested next, in base widths
 
@@ -122,6 +124,10 @@ def command(
         def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
             advance(done, total, trial_line(best, trial))
 
+        def step(done: int, total: int, best: float | None, where: Reached) -> None:
+            if shows_steps(where):
+                advance(done, total, step_line(best, where))
+
         def again(done: int, wanted: int, trial: int, value: float) -> None:
             advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
 
@@ -134,6 +140,7 @@ def command(
                 fresh=fresh,
                 progress=report,
                 confirmed=again,
+                stepped=step,
                 remark=note,
             )
     if result.edges:
@@ -148,6 +155,17 @@ def trial_line(best: float | None, trial: TrialInfo) -> str:
     """Return one line about a trial that has ended."""
     value = "" if trial.outcome == "diverged" else f" {number(trial.value, 4)}"
     return f"best {number(best, 4)}  trial {trial.number} {trial.outcome}{value}  {parameters(trial.params)}"
+
+
+def shows_steps(where: Reached) -> bool:
+    """Whether to say how far running trials are: a line for each report of a single one is too many."""
+    return sys.stderr.isatty() or where.first != where.last
+
+
+def step_line(best: float | None, where: Reached) -> str:
+    """Return one line about trials that are running."""
+    several = f"trials {where.first} to {where.last}" if where.first != where.last else f"trial {where.first}"
+    return f"best {number(best, 4)}  {several} at step {where.step} of {where.total}"
 
 
 def _document(result: SearchResult) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from mupx.cli import _options as o
 from mupx.cli._console import note, print_json, progress, say
-from mupx.cli.tune import trial_line
+from mupx.cli.tune import shows_steps, step_line, trial_line
 from mupx.errors import UsageError
 
 GRACE = 12.0  # seconds after SIGTERM at which a worker whose parent is gone ends at once
@@ -64,7 +64,11 @@ def command(
         def report(done: int, total: int, best: float | None, trial: Any) -> None:
             advance(done, total, trial_line(best, trial))
 
-        told = join(found, experiment, storage, changes=changes, progress=report, remark=note)
+        def step(done: int, total: int, best: float | None, where: Any) -> None:
+            if shows_steps(where):
+                advance(done, total, step_line(best, where))
+
+        told = join(found, experiment, storage, changes=changes, progress=report, stepped=step, remark=note)
     ran = [trial.number for trial in told if trial.value is not None]
     if json:
         print_json({"study": study, "ran": ran, "trials": experiment.search.trials})

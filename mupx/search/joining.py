@@ -11,7 +11,7 @@ from mupx.errors import MismatchError, UsageError
 from mupx.leases import Leases
 from mupx.schema import versions
 from mupx.search import preparing, slots
-from mupx.search.worker import Progress, Search
+from mupx.search.worker import Progress, Search, Stepped
 from mupx.storage import redact, require_shared, storage_errors
 from mupx.study import open_study
 
@@ -55,6 +55,7 @@ def join(
     *,
     changes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    stepped: Stepped | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> list[TrialInfo]:
     """Work on a study until all of its trials have finished.
@@ -66,6 +67,7 @@ def join(
         changes: What may differ between workers: ``data.dir``, ``train.device``, ``train.threads``,
             ``search.population``.
         progress: Called after each trial of this worker.
+        stepped: Called when the trials that are running here have come to another report.
         remark: Called with a sentence about what is worth knowing.
 
     Returns:
@@ -88,7 +90,7 @@ def join(
         preparing.require_same_data(study, facts)
         batch = preparing.side_by_side(experiment, evaluation, remark)
         leases = Leases(study, experiment.search.grace, "worker")
-        search = Search(study, experiment, evaluation, url, leases, batch, progress)
+        search = Search(study, experiment, evaluation, url, leases, batch, progress, stepped)
         search.run()
     return search.told
 

@@ -20,7 +20,7 @@ from mupx.search.choice import Choice, Edge
 from mupx.search.objective import Evaluation, Foreign
 from mupx.search.pool import Pool, command
 from mupx.search.trials import TrialInfo
-from mupx.search.worker import Progress, Search
+from mupx.search.worker import Progress, Search, Stepped
 from mupx.storage import patiently, redact, require_shared, storage_errors
 from mupx.study import default_url, finished, locate, note, noted_name, open_study, unused_name
 
@@ -99,6 +99,7 @@ def tune(
     objective: Callable[[Hyperparameters], float] | None = None,
     untrained: float | None = None,
     confirmed: confirmation.Progress | None = None,
+    stepped: Stepped | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> SearchResult:
     """Search the hyperparameters on the proxy until ``search.trials`` trials have finished.
@@ -114,6 +115,7 @@ def tune(
         objective: Somebody else's training loop, hyperparameters → loss; not finite when it diverged.
         untrained: With ``objective``: the loss of an untrained model, told for diverged trials.
         confirmed: Called after each run on a fresh seed (``search.confirm``).
+        stepped: Called when the trials that are running in this process have come to another report.
         remark: Called with a sentence where ``search.population`` cannot be trained in lock-step.
 
     Raises:
@@ -139,7 +141,7 @@ def tune(
             else:
                 batch = preparing.side_by_side(task.experiment, evaluation, remark)
                 leases = Leases(study, task.experiment.search.grace)
-                Search(study, task.experiment, evaluation, task.url, leases, batch, progress).run()
+                Search(study, task.experiment, evaluation, task.url, leases, batch, progress, stepped).run()
                 remark = None  # it has been said
         if experiment.search.confirm:
             _confirm(study, task.experiment, data, confirmed, remark)

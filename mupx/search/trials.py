@@ -35,6 +35,23 @@ class TrialInfo:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Where trials that are trained at the same time have come to.
+
+    Attributes:
+        first: Number of the first of them.
+        last: Of the last.
+        step: Of the optimizer, 1 is the first.
+        total: Number of steps.
+    """
+
+    first: int
+    last: int
+    step: int
+    total: int
+
+
 class Reporter:
     """Keeps what a trial reports on the way, and says whether to stop.
 
@@ -47,6 +64,7 @@ class Reporter:
         trial: The trial.
         patiently: Calls what may be called twice, and waits for a storage that is away.
         finished: The complete trials, for the pruner.
+        reached: Called with each step that is reported and the number of steps.
     """
 
     def __init__(
@@ -55,8 +73,10 @@ class Reporter:
         trial: FrozenTrial,
         patiently: Callable[[Callable[[], bool]], bool],
         finished: Complete,
+        reached: Callable[[int, int], None] | None = None,
     ) -> None:
         self.study, self.trial, self.patiently, self.finished = study, trial, patiently, finished
+        self.reached = reached
         self.values: dict[int, float] = {}
         self._unwritten: dict[int, float] = {}
         self._attributes: set[str] = set()  # those that are written
@@ -64,6 +84,8 @@ class Reporter:
 
     def __call__(self, step: int, total: int, value: float) -> bool:
         """Report the objective at a step, and return whether to stop: it is pruned, or nobody's any more."""
+        if self.reached is not None:
+            self.reached(step, total)
         if not math.isfinite(value):
             return False  # training notices divergence itself; the storage sees finite numbers only
         if step <= max(self.values, default=0):

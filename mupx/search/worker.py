@@ -19,7 +19,7 @@ from mupx.leases import LEASE, Leases, reap
 from mupx.search import sampling, slots
 from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.objective import Evaluation, Outcome, stops_the_search, told_value
-from mupx.search.trials import Complete, Ended, Reporter, TrialInfo, said
+from mupx.search.trials import Complete, Ended, Reached, Reporter, TrialInfo, said
 from mupx.storage import patiently, storage_errors
 from mupx.turns import turn
 
@@ -32,6 +32,7 @@ SAME_ERRORS = 3  # equal exceptions in a row that stop a search
 IDLE = 0.5  # seconds between two looks at a search whose last trials are run by others
 
 Progress = Callable[[int, int, float | None, TrialInfo], None]  # (finished, wanted, best value, last trial)
+Stepped = Callable[[int, int, float | None, Reached], None]  # (finished, wanted, best value, running trials)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Search:
         batch: Judges ``search.population`` sets side by side; None: one after the other.
         leases: Of this process, on what it runs.
         progress: Called after each trial of this worker.
+        stepped: Called when the trials that are running here have come to another report.
     """
 
     study: Study
@@ -55,6 +57,7 @@ class Search:
     leases: Leases
     batch: BatchEvaluation | None = None
     progress: Progress | None = None
+    stepped: Stepped | None = None
     told: list[TrialInfo] = field(default_factory=list)
 
     @cached_property
@@ -180,7 +183,20 @@ class Search:
     def reporters(self, trials: Sequence[FrozenTrial]) -> list[Reporter]:
         """Return what trials that are trained at the same time report to."""
         complete = Complete(self.trials, self.ledger.trials)
-        return [Reporter(self.study, trial, self.patiently, complete) for trial in trials]
+        reached = None if self.stepped is None else self._reached(trials, self.stepped)
+        return [Reporter(self.study, trial, self.patiently, complete, reached) for trial in trials]
+
+    def _reached(self, trials: Sequence[FrozenTrial], stepped: Stepped) -> Callable[[int, int], None]:
+        furthest = 0
+
+        def reached(step: int, total: int) -> None:
+            nonlocal furthest
+            if step > furthest:  # once for all members of a population
+                furthest = step
+                where = Reached(trials[0].number, trials[-1].number, step, total)
+                stepped(self.ledger.counted, self.ledger.wanted, self.ledger.best, where)
+
+        return reached
 
     def judge(self, reporter: Reporter, evaluate: Callable[[], Outcome], spent: float = 0.0) -> Ended:
         """Evaluate a trial; what only this one raises is a failure.

@@ -9,7 +9,10 @@ from tests.cli.conftest import TUNE
 def test_a_population_finds_what_single_trials_find(run, tuned, flag):
     together = run(*TUNE, *flag, "--run-dir", "together", "--json")
     assert (together.code, together.err.count("note:")) == (0, 0)
-    alone = run(*TUNE, "--run-dir", tuned, "--json").json
+    single = run(*TUNE, "--run-dir", tuned, "--json")
+    assert "trials 0 to 2 at step" in together.err
+    assert "at step" not in single.err  # a line for each report would be too many
+    alone = single.json
     assert together.json["best"]["params"] == alone["best"]["params"]  # the first trials do not learn yet
     assert together.json["best"]["value"] == pytest.approx(alone["best"]["value"], rel=1e-3)
 

@@ -43,6 +43,25 @@ def test_trials_are_asked_and_trained_in_batches_up_to_the_number_wanted(trainin
         assert trial.number == 12 or len(trial.intermediate_values) <= sampling.RUNGS
 
 
+def test_members_say_once_for_all_of_them_how_far_they_are(training, tmp_path):
+    seen = []
+    loop.tune(
+        several(),
+        run_dir=tmp_path / "a",
+        stepped=lambda done, total, best, at: seen.append((done, total, at)),
+    )
+    assert {(done, total, at.first, at.last) for done, total, at in seen} == {
+        (0, 12, 0, 3),
+        (4, 12, 4, 7),
+        (8, 12, 8, 11),
+    }
+    for first in (0, 4, 8):
+        steps = [at.step for *_, at in seen if at.first == first]
+        assert 1 < len(steps) <= sampling.RUNGS
+        assert steps == sorted(set(steps))
+        assert steps[-1] <= seen[0][-1].total
+
+
 def test_batches_of_one_are_the_search_without_batches(training, tmp_path):
     few = {"search.trials": 3}
     alone = record_of(synthetic.experiment(**few), tmp_path / "b")

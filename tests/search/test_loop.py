@@ -366,6 +366,25 @@ def test_progress_counts_finished_trials_and_shows_the_best_so_far(training, tmp
             assert best <= last.value
 
 
+def test_a_running_trial_says_at_each_report_how_far_it_is(training, tmp_path):
+    seen = []
+    loop.tune(
+        synthetic.experiment(**{"search.trials": 3}),
+        run_dir=tmp_path / "a",
+        progress=lambda done, total, best, last: seen.append((done, total, best, last.number)),
+        stepped=lambda done, total, best, at: seen.append((done, total, best, at)),
+    )
+    ended = -1
+    for done, total, best, at in seen:
+        if isinstance(at, int):
+            ended = at
+        else:
+            assert (at.first, at.last, done, total) == (ended + 1, ended + 1, ended + 1, 3)
+            assert 0 < at.step <= at.total
+            assert (best is None) == (done == 0)
+    assert sum(not isinstance(at, int) for *_, at in seen) > 3
+
+
 def test_the_edge_of_the_box_is_reported(training, tmp_path):
     box = {"lr": {"low": 1e-4, "high": 1e-2}}
     experiment = synthetic.experiment(**{"search.trials": 16}).updated({"search.space": box})
