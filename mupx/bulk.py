@@ -282,13 +282,14 @@ def _together(
         from optuna.storages._rdb.storage import _create_scoped_session
 
         session_of, check = backend.scoped_session, backend.check_trial_is_updatable
-        set_value = backend._set_trial_value_without_commit
+        value_as_stored = models.TrialValueModel.value_to_stored_repr
         find = models.TrialModel.find_or_raise_by_id
         as_stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
         tables = (
             models.TrialUserAttributeModel.__table__,
             models.TrialIntermediateValueModel.__table__,
             models.TrialParamModel.__table__,
+            models.TrialValueModel.__table__,
         )
     except (ImportError, AttributeError):
         return False
@@ -307,6 +308,10 @@ def _together(
             }
             for name, value in point.values.items()
         ],
+        [
+            {"objective": 0, "value": value, "value_type": kind}
+            for value, kind in ([] if end is None or end.value is None else [value_as_stored(end.value)])
+        ],
     )
     with _create_scoped_session(session_of) as session:
         trial = find(trial_id, session, for_update=end is not None)
@@ -314,8 +319,6 @@ def _together(
         for table, some in zip(tables, rows, strict=True):
             _insert(backend, session, table, trial_id, some)
         if end is not None:
-            if end.value is not None:
-                set_value(session, trial, 0, end.value)
             trial.state, trial.datetime_complete = end.state, datetime.now()
     return True
 
