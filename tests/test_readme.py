@@ -81,6 +81,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("zoo", "zoo_verdicts.py", 9),
         ("quick", "zoo_verdicts.py --quick", 4),
         ("depth", "depth.py", 3),
+        ("versus", "versus_direct.py", 60),
         ("optimizers", "optimizer_verdicts.py", 18),
         ("solvers", "solvers.py", 8),
         ("costs", "cost_model.py", 20),
