@@ -166,6 +166,10 @@ def doublings(report: Report, name: str) -> list[str]:
 def worst(report: Report) -> str:
     judged = [row for row in report.rows if row.off is not None and row.quantity not in ("size", "ridge")]
     failed = [row for row in judged if row.status == "fail"]
+    late = [row for row in report.late if row.status == "fail"]
+    if late and not failed:
+        row = max(late, key=lambda row: abs(row.off or 0.0))
+        return f"{row.off:+.2f} last update of {row.name}"
     if not judged or (report.verdict == "fail" and not failed):
         return "; ".join(report.causes)
     row = max(failed or judged, key=lambda row: abs(row.off or 0.0))
