@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mupx.cli import _options as o
-from mupx.cli._console import note, number, parameters, print_json, progress, say, warn
+from mupx.cli._console import Advance, note, number, parameters, print_json, progress, say, warn
 from mupx.cli._elsewhere import for_workers_elsewhere, print_made
 from mupx.cli._slurm import Emit, Slurm, SlurmOption, wants_slurm
 from mupx.cli._sources import choice_json
@@ -19,6 +19,7 @@ from mupx.locks import held
 if TYPE_CHECKING:
     from mupx.search import Edge, SearchResult, TrialInfo
     from mupx.search.trials import Reached
+    from mupx.search.worker import Progress, Stepped
 
 SCALE_UP = 16  # the width suggested next, in base widths
 
@@ -120,13 +121,7 @@ def command(
         experiment, fresh = experiment.updated({"search.workers": 1}), False
 
     with progress("trials") as advance:
-
-        def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
-            advance(done, total, trial_line(best, trial))
-
-        def step(done: int, total: int, best: float | None, where: Reached) -> None:
-            if shows_steps(where):
-                advance(done, total, step_line(best, where))
+        report, step = watchers(advance)
 
         def again(done: int, wanted: int, trial: int, value: float) -> None:
             advance(done, wanted, f"confirming trial {trial}: {number(value, 4)}")
@@ -151,15 +146,24 @@ def command(
         _print(result, experiment.search.objective, experiment.scaling.width)
 
 
+def watchers(advance: Advance) -> tuple[Progress, Stepped]:
+    """Return what says of a search which trials have ended and how far those that are running are."""
+
+    def report(done: int, total: int, best: float | None, trial: TrialInfo) -> None:
+        advance(done, total, trial_line(best, trial))
+
+    def step(done: int, total: int, best: float | None, where: Reached) -> None:
+        # Without a terminal a line for each report of a single trial is too many.
+        if sys.stderr.isatty() or where.first != where.last:
+            advance(done, total, step_line(best, where))
+
+    return report, step
+
+
 def trial_line(best: float | None, trial: TrialInfo) -> str:
     """Return one line about a trial that has ended."""
     value = "" if trial.outcome == "diverged" else f" {number(trial.value, 4)}"
     return f"best {number(best, 4)}  trial {trial.number} {trial.outcome}{value}  {parameters(trial.params)}"
-
-
-def shows_steps(where: Reached) -> bool:
-    """Whether to say how far running trials are: a line for each report of a single one is too many."""
-    return sys.stderr.isatty() or where.first != where.last
 
 
 def step_line(best: float | None, where: Reached) -> str:

@@ -6,13 +6,13 @@ import os
 import signal
 import threading
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mupx.cli import _options as o
 from mupx.cli._console import note, print_json, progress, say
-from mupx.cli.tune import shows_steps, step_line, trial_line
+from mupx.cli.tune import watchers
 from mupx.errors import UsageError
 
 GRACE = 12.0  # seconds after SIGTERM at which a worker whose parent is gone ends at once
@@ -60,14 +60,7 @@ def command(
         if value is not None
     }
     with progress("trials") as advance:
-
-        def report(done: int, total: int, best: float | None, trial: Any) -> None:
-            advance(done, total, trial_line(best, trial))
-
-        def step(done: int, total: int, best: float | None, where: Any) -> None:
-            if shows_steps(where):
-                advance(done, total, step_line(best, where))
-
+        report, step = watchers(advance)
         told = join(found, experiment, storage, changes=changes, progress=report, stepped=step, remark=note)
     ran = [trial.number for trial in told if trial.value is not None]
     if json:
