@@ -78,7 +78,7 @@ def measure(name: str, width: int, seed: int, steps: tuple[int, ...], data: Data
         found = late.read(run, hidden)
         if HIDDEN not in found:
             break
-        norm, rank = found[HIDDEN]
+        norm, rank, _ = found[HIDDEN]
         row = {"run": name, "width": width, "seed": seed, "step": step}
         sizes = {"norm": f"{norm:.4g}", "rank": f"{rank:.4g}", "loss": f"{run.recent_loss(-10):.4f}"}
         rows.append({**row, **sizes})

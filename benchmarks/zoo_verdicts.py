@@ -11,8 +11,9 @@ Slopes only (coordinate check after 1 and 10 steps, curvature orders, lint), ove
 seeds 0 and 1, batch 32, constant lr, one thread. Images: the embedded Fashion-MNIST, 14×14 (repeated to
 28×28 and padded to 32×32 for VGG-19). Tokens: 32 kinds, drawn from a random bigram table. One lr and damping
 per optimizer, untuned, but for the pairs of `SETTLED`. *worst*: the exponent farthest from its order among
-the failed rows, or else among all that are judged; for a run that breaks down, the cause. Shampoo's factors
-on ResNet and VGG-19 would have sides of up to 9,216: there it has blocks of 32 and a refresh in ten steps.
+the failed rows, or else among all that are judged; where the late check alone fails, its exponent and the
+effective ranks tr/λmax that grow with it; for a run that breaks down, the cause. Shampoo's factors on ResNet
+and VGG-19 would have sides of up to 9,216: there it has blocks of 32 and a refresh in ten steps.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sweeps import read_rows, set_threads, write_rows
 
 from mupx import config, parts
 from mupx.checks.result import Report
+from mupx.checks.rows import Row
 from mupx.checks.runner import verify
 from mupx.datasets.base import Dataset, Split
 
@@ -52,6 +54,9 @@ FAMILIES = {
     "cbow": Family("cbow", {}, "context", (32, 64, 128, 256)),
     "gpt": Family("gpt", {}, "text", (64, 128, 256, 512)),
     "vit, mean": Family("vit", {"patch": 7, "pooling": "mean"}, "images", (64, 128, 256, 512)),
+    "vit, mean, heads of 4": Family(
+        "vit", {"patch": 7, "pooling": "mean", "head_dim": 4}, "images", (64, 128, 256, 512)
+    ),
     "vit, class token": Family("vit", {"patch": 7, "pooling": "class"}, "images", (64, 128, 256, 512)),
     "myrtle5": Family("myrtle5", {}, "images", (32, 64, 128, 256)),
     "resnet": Family("resnet", {"depth": 18}, "images", (32, 64, 128)),
@@ -169,11 +174,21 @@ def worst(report: Report) -> str:
     late = [row for row in report.late if row.status == "fail"]
     if late and not failed:
         row = max(late, key=lambda row: abs(row.off or 0.0))
-        return f"{row.off:+.2f} last update of {row.name}"
+        grown = [r for r in report.late if r.name == row.name and r.quantity == "effective" and r.cause]
+        return "; ".join([f"{row.off:+.2f} last update of {row.name}", *map(effective, grown)])
     if not judged or (report.verdict == "fail" and not failed):
         return "; ".join(report.causes)
     row = max(failed or judged, key=lambda row: abs(row.off or 0.0))
     return f"{row.off:+.2f} {row.quantity} of {row.name}"
+
+
+def effective(row: Row) -> str:
+    """Say how far a factor's tr/λmax goes from the first width to the last, mean over seeds."""
+    first, last = (
+        statistics.fmean(value for width, _, value in row.series if width == end)
+        for end in (row.series[0][0], row.series[-1][0])
+    )
+    return f"{row.label} {first:.2g} → {last:.2g}"
 
 
 def show(rows: list[dict[str, object]]) -> str:

@@ -3,23 +3,41 @@
 Whitened and grafted updates can pass an early coordinate check and drift later, as the stable rank of
 the gradient changes with width (arXiv:2512.05620). Measured on the last step of a run, for each matrix:
 the RMS → RMS operator norm ‖ΔW‖₂·√(d_in/d_out), flat under a right parametrization, and the stable rank
-‖ΔW‖_F²/‖ΔW‖₂².
+‖ΔW‖_F²/‖ΔW‖₂². Beside them, of each statistic with a trace that preconditions the matrix, the effective
+rank tr/λmax: where a narrow network has too few heads, channels or classes to fill a factor, it grows with
+width, and a ridge in units of the trace then damps another part of the spectrum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
+from mupx.checks import curvature_orders
 from mupx.layers import Parameter
 from mupx.linalg import largest_eigenvalue
 from mupx.training import Run
 
 
-def read(run: Run, parameters: Sequence[Parameter]) -> dict[str, tuple[float, float]]:
-    """Train ``run`` to its end and return parameter → (operator norm, stable rank) of its last update.
+class Reading(NamedTuple):
+    """One matrix after the last step.
+
+    Attributes:
+        norm: RMS → RMS operator norm of the last update, ‖ΔW‖₂·√(d_in/d_out).
+        rank: Its stable rank.
+        effective: Statistic that preconditions the matrix (``A``, ``B``, ``L``, …) → its tr/λmax.
+    """
+
+    norm: float
+    rank: float
+    effective: Mapping[str, float] = {}
+
+
+def read(run: Run, parameters: Sequence[Parameter]) -> dict[str, Reading]:
+    """Train ``run`` to its end and return parameter → what its last update was like.
 
     Empty when the run diverges. Learning rates of the last step include the schedule's factor, which is
     the same at every width.
@@ -38,7 +56,16 @@ def read(run: Run, parameters: Sequence[Parameter]) -> dict[str, tuple[float, fl
     run.advance()
     with torch.no_grad():
         changes = {n: _matrix(p - before[n], described[n]).double() for n, p in matrices.items()}
-    return {name: _size(change) for name, change in changes.items() if change.isfinite().all()}
+    statistics = curvature_orders.read(run.optimizer)
+    return {
+        name: Reading(*_size(change), _effective_ranks(statistics.get(name, {})))
+        for name, change in changes.items()
+        if change.isfinite().all()
+    }
+
+
+def _effective_ranks(scales: Mapping[str, tuple[float | None, ...]]) -> dict[str, float]:
+    return {symbol: trace / size for symbol, (size, _, trace) in scales.items() if size and trace}
 
 
 def _matrix(change: torch.Tensor, parameter: Parameter) -> torch.Tensor:

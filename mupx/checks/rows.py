@@ -14,7 +14,7 @@ from mupx.layers import Layer
 
 Status = Literal["pass", "warn", "fail"]
 Key = tuple[int, int]  # (width, seed)
-Quantity = Literal["init", "Δh", "own", "size", "ridge", "decay", "norm", "rank"]
+Quantity = Literal["init", "Δh", "own", "size", "ridge", "decay", "norm", "rank", "effective"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Row:
         role: Its role; of the module's weight for Δh.
         quantity: ``init``, ``Δh``, ``own`` (contribution of this tensor alone), ``size`` (λmax or √v),
             ``ridge`` (damping or eps over that), ``decay`` (weight decay per step), ``norm`` and ``rank``
-            (operator norm and stable rank of the last update of a run).
+            (operator norm and stable rank of the last update of a run), ``effective`` (tr/λmax of a
+            statistic after it).
         label: The quantity as it is printed.
         step: Steps of training done.
         slope: Fitted exponent of width.

@@ -297,7 +297,7 @@ def _wider(session: Session, report: Report, widths: Sequence[int], quick: bool)
 
 def _late(session: Session, report: Report, quick: bool) -> None:
     own, steps = session.experiment.scaling.parametrization, _steps(session, quick)
-    readings: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
+    readings: dict[tuple[int, int], dict[str, late.Reading]] = {}
     for width in report.wider:
         for seed in session.seeds:
 
@@ -310,7 +310,7 @@ def _late(session: Session, report: Report, quick: bool) -> None:
             except TooWideError:
                 session.notes.append(f"the late check does not fit into memory at width {width}")
                 break
-            readings[width, seed] = reading
+            readings[width, seed] = {name: late.Reading(*found) for name, found in reading.items()}
     report.late = verdict.judge_late(readings, derive(session.parameters, session.experiment))
 
 

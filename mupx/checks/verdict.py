@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from mupx.checks import fits
 from mupx.checks.causes import explain
 from mupx.checks.curvature_orders import ORDERS, RIDGES, SIZES, TRACES
 from mupx.checks.fits import Fit
+from mupx.checks.late import Reading
 from mupx.checks.rows import Evidence, Key, Quantity, Row, Status
 from mupx.layers import Layer
 
@@ -186,30 +188,39 @@ def _unmoved(evidence: Evidence) -> Iterable[Row]:
             yield Row(layer.name, layer.role, "own", "own Δh", steps[-1], nan, nan, nan, 0.0, "fail", cause)
 
 
-Late = Mapping[Key, Mapping[str, tuple[float, float]]]
+Late = Mapping[Key, Mapping[str, Reading]]
 
 
 def judge_late(readings: Late, layers: Sequence[Layer]) -> list[Row]:
-    """Return the rows of a run's last update: its operator norm must be flat, its rank is reported.
+    """Return the rows of a run's last update: its operator norm must be flat, the ranks are reported.
 
     Args:
-        readings: (width, seed) → parameter → (operator norm, stable rank).
+        readings: (width, seed) → parameter → what its last update was like.
         layers: The table, for names and roles.
     """
     rows: list[Row] = []
     for layer in layers:
         found = [(w, s, named[layer.name]) for (w, s), named in readings.items() if layer.name in named]
-        norms = [(w, s, norm) for w, s, (norm, _) in found]
-        ranks = [(w, s, rank) for w, s, (_, rank) in found]
+        norms = [(w, s, reading.norm) for w, s, reading in found]
+        ranks = [(w, s, reading.rank) for w, s, reading in found]
         start = (layer.name, layer.role)
         rows += _row(*start, "norm", "last update, RMS norm", -1, norms, 0.0, LATE_TOLERANCE)
         rows += _row(*start, "rank", "last update, stable rank", -1, ranks, 0.0, LATE_TOLERANCE)
-    return [_late_cause(row) for row in rows]
+        for symbol in dict.fromkeys(symbol for _, _, reading in found for symbol in reading.effective):
+            series = [(w, s, r.effective[symbol]) for w, s, r in found if symbol in r.effective]
+            label = f"{TRACES[symbol]}/{SIZES[symbol]}"
+            rows += _row(*start, "effective", label, -1, series, 0.0, LATE_TOLERANCE)
+    return [_late_cause(row, rows) for row in rows]
 
 
-def _late_cause(row: Row) -> Row:
+def _late_cause(row: Row, rows: Sequence[Row]) -> Row:
     if row.status != "fail":
         return row
+    if row.quantity == "effective":
+        advice = (
+            "a wider base fills it better" if row.off > 0 else "its damping acts otherwise at every width"
+        )
+        return replace(row, status="warn", cause=f"{_filling(row)}: {advice}")
     if row.quantity == "rank":
         cause = "the stable rank of the late update depends on width: watch whitened and grafted updates"
         return replace(row, status="warn", cause=cause)
@@ -218,7 +229,20 @@ def _late_cause(row: Row) -> Row:
         f"the last update {direction} as width^{row.off:+.2f} in operator norm: late drift, which an early "
         "coordinate check does not see"
     )
+    ranks = [r for r in rows if r.name == row.name and r.quantity == "effective" and r.status == "fail"]
+    most = max(ranks, key=lambda r: r.off, default=None)
+    if most is not None and most.off > 0:
+        cause += (
+            f"; {_filling(most)}, so its damping acts on another part of the spectrum at every width: the "
+            "base is too narrow to fill it, take a wider one, or more heads in the same width if it has any"
+        )
     return replace(row, cause=cause)
+
+
+def _filling(row: Row) -> str:
+    widths = [width for width, _, _ in row.series]
+    first, last = (fmean(v for w, _, v in row.series if w == end) for end in (min(widths), max(widths)))
+    return f"its effective rank {row.label} goes from {first:.2g} to {last:.2g} (width^{row.off:+.2f})"
 
 
 def too_narrow(rows: Sequence[Row]) -> list[str]:

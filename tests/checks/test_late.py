@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -52,7 +53,7 @@ def test_norm_and_rank_are_those_of_the_last_step_alone() -> None:
     data = training.load_data(chosen)
     parameters = training.describe(chosen, data)
     whole, cut = (Run(chosen, data, parameters) for _ in range(2))
-    norm, rank = late.read(whole, parameters)["hidden1.weight"]
+    norm, rank, _ = late.read(whole, parameters)["hidden1.weight"]
     for _ in range(3):
         cut.advance()
     before = cut.model.get_parameter("hidden1.weight").detach().clone()
@@ -82,6 +83,50 @@ def test_an_embedding_is_read_with_its_own_axes() -> None:
     for name, axes in (("right", parameters), ("swapped", swapped)):
         for width in (32, 512):
             run = Run(chosen.updated({"scaling.width": width}), data, parameters)
-            norms[name, width] = late.read(run, axes)["embedding.weight"][0]
+            norms[name, width] = late.read(run, axes)["embedding.weight"].norm
     assert norms["right", 512] / norms["right", 32] == pytest.approx(1, abs=0.25)
     assert norms["swapped", 512] / norms["swapped", 32] == pytest.approx(16, rel=0.25)
+
+
+def test_effective_ranks_are_trace_over_largest_eigenvalue() -> None:
+    chosen = experiment(settings.KFAC, train__steps=3)
+    data = training.load_data(chosen)
+    parameters = training.describe(chosen, data)
+    run = Run(chosen, data, parameters)
+    effective = late.read(run, parameters)["hidden1.weight"].effective
+    state = run.optimizer.state[run.model.get_parameter("hidden1.weight")]
+    for side in "AB":
+        values = torch.linalg.eigvalsh(state[side].double())
+        assert effective[side] == pytest.approx(float(values.sum() / values[-1]), rel=1e-3)
+    plain = experiment(settings.SGD, train__steps=3)
+    assert not late.read(Run(plain, data, parameters), parameters)["hidden1.weight"].effective
+
+
+@pytest.mark.parametrize(
+    ("rank", "advice"),
+    [
+        (lambda width: 8.0, None),
+        (lambda width: width / 32, "a wider base fills it better"),
+        (lambda width: 512 / width, "its damping acts otherwise at every width"),
+    ],
+)
+def test_a_base_too_narrow_for_its_factor_is_named(rank: Callable[[int], float], advice: str | None) -> None:
+    chosen = experiment(settings.KFAC)
+    parameters = training.describe(chosen, training.load_data(chosen))
+    effective = {width: {"A": 4.0, "B": rank(width)} for width in WIDTHS}
+    readings = {
+        (width, seed): {
+            "hidden1.weight": late.Reading(width**0.5, 4.0, effective[width]),
+            "output.weight": late.Reading(1.0, 4.0, effective[width]),
+        }
+        for width in WIDTHS
+        for seed in (0, 1)
+    }
+    found = verdict.judge_late(readings, derive(parameters, chosen))
+    failing = [row for row in found if row.status == "fail"]
+    assert [(row.name, row.quantity) for row in failing] == [("hidden1.weight", "norm")]
+    named = "its effective rank tr(B)/λmax(B) goes from 2 to 8 (width^+1.00)" in failing[0].cause
+    assert named is (advice == "a wider base fills it better")
+    noted = {row.name: row.cause for row in found if row.quantity == "effective" and row.status == "warn"}
+    assert sorted(noted) == ([] if advice is None else ["hidden1.weight", "output.weight"])
+    assert all(cause.endswith(f": {advice}") for cause in noted.values())
