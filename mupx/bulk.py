@@ -143,7 +143,8 @@ class Trials:
         with _create_scoped_session(session_of) as session:
             rows = session.execute(trials, which).scalars().all()
             # Later than the trials themselves: what a finished one has was there before its state.
-            values = [_by_trial(session.execute(select, which).all()) for select in others] if rows else []
+            execute = session.connection().execute  # they are rows, and need not become objects
+            values = [_by_trial(execute(select, which).all()) for select in others] if rows else []
             return [_frozen(row, *(found.get(row.trial_id, []) for found in values)) for row in rows]
 
 
@@ -251,21 +252,47 @@ def _made(backend: Any, study_id: int, attributes: Mapping[str, Any]) -> tuple[i
         from optuna.storages._rdb.storage import _create_scoped_session
         from optuna.trial import TrialState
 
-        session_of, study, trial = backend.scoped_session, models.StudyModel, models.TrialModel
-        find, count = study.find_or_raise_by_id, trial.count_past_trials
+        session_of, trial = backend.scoped_session, models.TrialModel
+        this_study, number = _row(models.StudyModel, "study_id", locked=True), _next_number(study_id)
         table = models.TrialUserAttributeModel.__table__
     except (ImportError, AttributeError):
         return None
     rows = [{"key": key, "value_json": json.dumps(item)} for key, item in attributes.items()]
     with _create_scoped_session(session_of) as session:
-        find(study_id, session, for_update=True)  # numbers are counted: nobody else may count now
-        new = trial(study_id=study_id, state=TrialState.RUNNING, datetime_start=datetime.now())
+        _found(session, this_study, study_id)  # numbers are counted: nobody else may count now
+        now = datetime.now()
+        new = trial(study_id=study_id, state=TrialState.RUNNING, datetime_start=now, number=number)
         session.add(new)
         session.flush()
-        new.number = count(new, session)
         made: Any = new  # its columns are numbers by now
         _insert(backend, session, table, made.trial_id, rows)
         return made.trial_id, made.number
+
+
+@cache  # a statement that is the same object is compiled once
+def _row(model: Any, key: str, locked: bool) -> Any:
+    """Return what reads one row by its number; locked until the transaction ends where rows can be."""
+    import sqlalchemy as sql
+
+    statement = sql.select(model).where(getattr(model, key) == sql.bindparam("number"))
+    return statement.with_for_update() if locked else statement
+
+
+def _found(session: Any, statement: Any, number: int) -> Any:
+    row = session.execute(statement, {"number": number}).scalar_one_or_none()
+    if row is None:
+        raise KeyError(f"no {statement.column_descriptions[0]['name']} {number} in the storage")
+    return row
+
+
+@lru_cache(16)
+def _next_number(study_id: int) -> Any:
+    """Return how many trials a study has, as an expression for the next one's row."""
+    import sqlalchemy as sql
+    from optuna.storages._rdb import models
+
+    columns = models.TrialModel.__table__.c
+    return sql.select(sql.func.count()).where(columns.study_id == study_id).scalar_subquery()
 
 
 def _together(
@@ -283,7 +310,7 @@ def _together(
 
         session_of, check = backend.scoped_session, backend.check_trial_is_updatable
         value_as_stored = models.TrialValueModel.value_to_stored_repr
-        find = models.TrialModel.find_or_raise_by_id
+        this_trial = _row(models.TrialModel, "trial_id", locked=end is not None)
         as_stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
         tables = (
             models.TrialUserAttributeModel.__table__,
@@ -314,7 +341,7 @@ def _together(
         ],
     )
     with _create_scoped_session(session_of) as session:
-        trial = find(trial_id, session, for_update=end is not None)
+        trial = _found(session, this_trial, trial_id)
         check(trial_id, trial.state)
         for table, some in zip(tables, rows, strict=True):
             _insert(backend, session, table, trial_id, some)
@@ -326,7 +353,7 @@ def _together(
 def _insert(backend: Any, session: Any, table: Any, trial_id: int, rows: list[dict[str, Any]]) -> None:
     if rows:
         statement = _upsert(backend.engine.dialect.name, table, *rows[0])
-        session.execute(statement, [{"trial_id": trial_id, **row} for row in rows])
+        session.connection().execute(statement, [{"trial_id": trial_id, **row} for row in rows])
 
 
 @cache  # a statement that is the same object is compiled once
