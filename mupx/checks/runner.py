@@ -271,12 +271,10 @@ def _loss(session: Session, point: SweepPoint, quick: bool) -> Any:
     config = config.updated({"train.steps": steps})
 
     def make() -> Any:
-        result = training.train(config, data=session.data, recipe=Recipe(config, session.parameters))
-        ended = result.validation
+        result = training.train(config, data=session.brief, recipe=Recipe(config, session.parameters))
         return {
             "outcome": result.outcome,
             "train_loss": result.train_loss,
-            "validation_loss": None if ended is None else ended.loss,
             "untrained": result.untrained["train"],
         }
 

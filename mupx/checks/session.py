@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mupx.checks.store import Store
 from mupx.config import Experiment
-from mupx.datasets.base import Dataset
+from mupx.datasets.base import Dataset, Split
 from mupx.errors import out_of_memory
 from mupx.layers import Parameter
+from mupx.plain_loss import find_loss
 from mupx.training import Run
 
 Progress = Callable[[int, int, str], None]  # (done, total as far as known, one line about it)
@@ -38,6 +39,8 @@ class Session:
     Attributes:
         experiment: What is verified, at its base width.
         data: The data of every run.
+        brief: The same with a batch of the validation split: what is judged is the loss in training, and
+            the validation loss only tells whether a run diverged.
         parameters: Description of the model, made once.
         widths: Widths still to be judged; :meth:`drop` shortens the list.
         seeds: Seeds of every point.
@@ -57,6 +60,7 @@ class Session:
         progress: Progress | None,
     ) -> None:
         self.experiment, self.data, self.parameters = experiment, data, parameters
+        self.brief = _brief(experiment, data)
         self.widths, self.seeds, self.notes = widths, seeds, list[str]()
         identity = {**experiment.identity(search=False), "data_checksum": data.checksum}
         identity = {**identity, "scaling": {**identity["scaling"], "width": None}}
@@ -97,3 +101,10 @@ class Session:
         kept = [w for w in self.widths if w < width]
         self.notes.append(f"width {width} does not fit into memory; judged on {', '.join(map(str, kept))}")
         self.widths[:] = kept
+
+
+def _brief(experiment: Experiment, data: Dataset) -> Dataset:
+    size = experiment.train.batch_size
+    cut = Split(data.validation.inputs[:size], data.validation.targets[:size])
+    counts = int(find_loss(experiment.train.loss).normaliser(cut.targets)) > 0
+    return replace(data, validation=cut) if counts else data

@@ -20,7 +20,9 @@ from mupx import check_report, parts, training
 from mupx.checks import coordinate
 from mupx.checks.runner import verify
 from mupx.config import Experiment
+from mupx.datasets.base import Split
 from mupx.errors import MismatchError, NoResultError, UsageError
+from mupx.run_folder import Metrics
 from mupx.training import Run
 
 from . import settings
@@ -267,3 +269,31 @@ def test_the_wrong_damping_shows_in_the_sweep_and_the_right_one_transfers() -> N
         drifts[name] = sweep.drift.value
     assert abs(drifts["trace"]) < 0.15
     assert drifts["pi"] > 0.2
+
+
+def test_runs_of_a_sweep_evaluate_one_batch_and_train_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = experiment(settings.SGD, **TINY)
+    data = parts.load_data(chosen)
+    sizes, plain = set(), Run.evaluate
+
+    def evaluate(run: Run, split: Split) -> Metrics:
+        sizes.add(len(split))
+        return plain(run, split)
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    report = verify(chosen, data=data, widths=WIDTHS, quick=True)
+    assert sizes == {chosen.train.batch_size}
+    assert len(data.validation) > chosen.train.batch_size
+    line = report.sweeps[0].lines[0]
+    whole = training.train(chosen.updated({"hyperparameters.lr": 2.0 ** line.values[0]}), data=data)
+    assert line.losses[0][0] == whole.train_loss
+
+
+def test_a_first_batch_without_labels_is_not_all_that_is_evaluated() -> None:
+    chosen = experiment(settings.SGD, **TINY)
+    data = parts.load_data(chosen)
+    targets = data.validation.targets.clone()
+    targets[: chosen.train.batch_size] = -100
+    unlabelled = replace(data, validation=Split(data.validation.inputs, targets))
+    report = verify(chosen, data=unlabelled, widths=WIDTHS, quick=True)
+    assert report.sweeps[0].lines == verify(chosen, data=data, widths=WIDTHS, quick=True).sweeps[0].lines
