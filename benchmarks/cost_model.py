@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from sweeps import read_rows, set_threads, write_rows
 
-from mupx import config, parts
+from mupx import config, dotted, parts
 from mupx.advice.costs import COSTS
 from mupx.advice.estimates import estimate
 from mupx.advice.measuring import measure
@@ -56,7 +56,7 @@ def experiment_of(model: str, width: int, batch_size: int, optimizer: str, refre
         "hyperparameters.lr": 2e-3 if optimizer != "adamw" else 1e-4,
         "hyperparameters.damping": 1e-2 if optimizer == "kfac" else 1e-3,
     }
-    return resolved(config.parse(config.merge({}, changes)))
+    return resolved(config.parse(dotted.merge({}, changes)))
 
 
 def one_round(run: Run, refresh: int) -> list[float]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from sweeps import set_threads
 
-from mupx import config, training
+from mupx import config, dotted, training
 from mupx.checks.result import Report
 from mupx.checks.rows import Row
 from mupx.checks.runner import verify
@@ -78,7 +78,7 @@ def experiment(configuration: tuple) -> Experiment:
         "hyperparameters.damping": damping,
         "train.threads": 1,
     }
-    return config.parse(config.merge({}, {**data, **values}))
+    return config.parse(dotted.merge({}, {**data, **values}))
 
 
 def measure(configuration: tuple, draw: int) -> dict[str, object]:

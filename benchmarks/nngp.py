@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from sweeps import set_threads
 
-from mupx import config, training
+from mupx import config, dotted, training
 from mupx.checks import fits, nngp
 from mupx.datasets.base import Dataset
 
@@ -58,7 +58,7 @@ STEPS = (1, 10)
 
 def build(data: Dataset, head: float, changes: dict[str, object]) -> training.Run:
     """Build a run at its first step, the μP read-out multiplied by ``head``."""
-    experiment = config.parse(config.merge({}, {**COMMON, **changes}))
+    experiment = config.parse(dotted.merge({}, {**COMMON, **changes}))
     run = training.Run(experiment, data, training.describe(experiment, data))
     with torch.no_grad():
         run.model.get_parameter("output.weight").mul_(head)
@@ -195,7 +195,7 @@ def main() -> None:
     if arguments.table:
         rows = pd.read_csv(arguments.csv, dtype={"head": str})
     else:
-        data = training.load_data(config.parse(config.merge({}, COMMON)))
+        data = training.load_data(config.parse(dotted.merge({}, COMMON)))
         smoke = arguments.smoke
         seeds = (0,) if smoke else (0, 1)
         widths, batches = (

@@ -30,7 +30,7 @@ from images import cifar10_16
 from sweeps import Cells, mean_loss, set_threads
 from transfer import SETTINGS, VARIANTS, base_choice
 
-from mupx import check_plots, config, plots, training
+from mupx import check_plots, config, dotted, plots, training
 from mupx.checks.result import Report
 from mupx.checks.runner import verify
 from mupx.config import Experiment
@@ -79,7 +79,7 @@ def experiment(model: str, data: str, run: str) -> Experiment:
         "hyperparameters.lr": lr,
         "hyperparameters.damping": damping,
     }
-    return config.parse(config.merge({}, {**COMMON, **values}))
+    return config.parse(dotted.merge({}, {**COMMON, **values}))
 
 
 def measure(

@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from sweeps import set_threads
 
-from mupx import config, training
+from mupx import config, dotted, training
 from mupx.datasets.base import Dataset
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ class Runs:
             "hyperparameters.lr": 2.0**cell.log2_lr,
             "hyperparameters.damping": 2.0 ** OPTIMIZERS[cell.optimizer][0],
         }
-        experiment = config.parse(config.merge({}, changes))
+        experiment = config.parse(dotted.merge({}, changes))
         self._data = self._data or training.load_data(experiment)
         result = training.train(experiment, data=self._data, evaluate_test=True)
         validation, test = (0.0 if m is None else m.accuracy or 0.0 for m in (result.validation, result.test))

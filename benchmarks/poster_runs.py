@@ -12,7 +12,7 @@ import torch
 from sweeps import append_run, read_runs
 from torch import Tensor
 
-from mupx import config, training
+from mupx import config, dotted, training
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
 from mupx.parametrization import resolved
@@ -144,7 +144,7 @@ def experiment(cell: Cell) -> Experiment:
         changes["train.schedule"] = "constant"
     if cell.optimizer == "psgd":
         changes["optimizer.args.iterations"] = cell.iterations
-    return resolved(config.parse(config.merge({}, changes)))
+    return resolved(config.parse(dotted.merge({}, changes)))
 
 
 def subset(data: Dataset, examples: int) -> Dataset:

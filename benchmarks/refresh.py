@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sweeps import set_threads
 
-from mupx import config, training
+from mupx import config, dotted, training
 
 SCHEDULES = [(1, 0.05), (10, 1.0), (10, 0.2), (10, 0.1), (10, 0.05)]
 GRIDS = {
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "refresh.csv")
     arguments = parser.parse_args()
     print(set_threads(1))
-    plain = config.parse(config.merge({}, SETTING))
+    plain = config.parse(dotted.merge({}, SETTING))
     data = training.load_data(plain)
     lines = ["optimizer,width,refresh,staleness,best_train_loss,diverged,points,seconds_per_run"]
     print(lines[0])

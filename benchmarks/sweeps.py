@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mupx import config, training
+from mupx import config, dotted, training
 from mupx.checks import transfer
 from mupx.datasets.base import Dataset
 
@@ -81,7 +81,7 @@ class Cells:
     def _train(self, cell: Cell) -> Outcome:
         setting = self.settings[cell.setting]
         experiment = config.parse(
-            config.merge(
+            dotted.merge(
                 {},
                 {
                     **setting,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sweeps import read_rows, set_threads, write_rows
 
-from mupx import config
+from mupx import config, dotted
 from mupx.checks.runner import verify
 from mupx.config import Experiment
 
@@ -56,7 +56,7 @@ def experiment(run: tuple[str, str | None, float, float, str]) -> Experiment:
         "hyperparameters.lr": lr,
         "hyperparameters.damping": damping,
     }
-    return config.parse(config.merge({}, settings))
+    return config.parse(dotted.merge({}, settings))
 
 
 def measure(widths: tuple[int, ...]) -> list[dict[str, object]]:

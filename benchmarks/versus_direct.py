@@ -29,7 +29,7 @@ from sweeps import read_rows, set_threads, write_rows
 from transfer import show
 
 import mupx
-from mupx import config, recipe, training
+from mupx import config, dotted, recipe, training
 from mupx.search import role_space
 from mupx.search.choice import recipe_from_study
 
@@ -90,7 +90,7 @@ def search(
         "search.confirm": kind.confirm,
         "search.seed": seed,
     }
-    experiment = config.parse(config.merge({}, {**SETTING, **changes}))
+    experiment = config.parse(dotted.merge({}, {**SETTING, **changes}))
     if kind.roles:
         spaces = {**mupx.search.default_space(optimizer), **role_space(experiment)}
         experiment = experiment.updated(

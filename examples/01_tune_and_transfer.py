@@ -21,29 +21,26 @@ from rich.console import Console
 from rich.table import Table
 
 import mupx
-from mupx import config, recipe, training
+from mupx import recipe, training
 
 STEPS = (0.5, 2**-0.5, 2**0.5, 2.0)  # the local sweep: half-octave steps in lr, then in damping
 
 
 def experiment(arguments: argparse.Namespace, **changes: object) -> mupx.Experiment:
-    return config.parse(
-        config.merge(
-            {},
-            {
-                "model.name": "mlp",
-                "data.name": "fashion-mnist-14",
-                "optimizer.name": "kfac",
-                "optimizer.damping_rule": arguments.damping_rule,
-                "scaling.base_width": arguments.base_width,
-                "scaling.width": arguments.base_width,
-                "search.trials": arguments.trials,
-                "train.batch_size": 64,
-                "train.threads": arguments.threads,
-                **({} if arguments.steps is None else {"train.steps": arguments.steps}),
-                **{key.replace("__", "."): value for key, value in changes.items()},
-            },
-        )
+    return mupx.Experiment().updated(
+        {
+            "model.name": "mlp",
+            "data.name": "fashion-mnist-14",
+            "optimizer.name": "kfac",
+            "optimizer.damping_rule": arguments.damping_rule,
+            "scaling.base_width": arguments.base_width,
+            "scaling.width": arguments.base_width,
+            "search.trials": arguments.trials,
+            "train.batch_size": 64,
+            "train.threads": arguments.threads,
+            **({} if arguments.steps is None else {"train.steps": arguments.steps}),
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
     )
 
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from mupx import recipe as recipes
-from mupx.config import Experiment, Hyperparameters, Range, merge, parse
+from mupx.config import Experiment, Hyperparameters, Range, parse
+from mupx.dotted import merge
 from mupx.errors import UsageError, unknown_name
 from mupx.locks import held
 from mupx.recipe import Recipe

@@ -9,11 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,8 +29,8 @@ from pydantic import (
 )
 
 from mupx import elsewhere
-from mupx.errors import MismatchError, NotFoundError, UsageError
-from mupx.files import MOST_TEXT, read_bounded
+from mupx.dotted import merge, read_toml
+from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from mupx.refresh import read_refresh
 from mupx.scaling import HOSTS, Power, Role, ScalingRule, WeightDecayMode, find_rule, grafted
@@ -48,7 +44,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]  # what is derived fro
 
 LOSSES = ("cross_entropy", "squared_error")
 SOURCE = "source"
-DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')\s*+\.\s*+){100}""")
 # What stands in for the fields' own defaults under an optimizer whose authors recommend something else; the
 # same as in its constructor.
 OWN_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -470,68 +465,6 @@ def load(path: Path) -> Experiment:
     return parse(read_toml(path))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file into a dictionary.
-
-    Raises:
-        NotFoundError: There is no such file, or it cannot be read.
-        UsageError: It is not TOML; the message has line and column.
-    """
-    try:
-        text = read_bounded(path, MOST_TEXT, waiting=True).decode()
-        if DEEP.search(text):  # the parser's time grows as the square of a key's parts
-            raise ValueError("a key in it has a hundred parts")
-        return tomllib.loads(text)
-    except OSError as error:
-        raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
-
-
-def merge(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of ``document`` with dotted keys replaced; intermediate tables are made."""
-    result = deepcopy(dict(document))
-    for dotted, value in changes.items():
-        *parents, leaf = dotted.split(".")
-        table = result
-        for name in parents:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise UsageError(f"{dotted}: {name!r} is a value, not a table")
-        table[leaf] = value
-    return result
-
-
-def environment_changes(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return dotted keys from variables such as ``MUPX_TRAIN__SEED=3`` (two underscores for a dot)."""
-    prefix = "MUPX_"
-    names = [n for n in environment if n.startswith(prefix) and "__" in n]
-    return {n.removeprefix(prefix).lower().replace("__", "."): parse_value(environment[n]) for n in names}
-
-
-def assignments(items: Iterable[str]) -> dict[str, Any]:
-    """Parse ``a.b=value`` items from the command line.
-
-    >>> assignments(["train.epochs=2", "data.name=mnist"])
-    {'train.epochs': 2, 'data.name': 'mnist'}
-    """
-    changes = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not (key and equals):
-            raise UsageError(f"--set takes key=value, got {item!r}; example: --set train.epochs=2")
-        changes[key] = parse_value(value)
-    return changes
-
-
-def parse_value(text: str) -> Any:
-    """Read one TOML value; anything that is not TOML is a plain string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # ValueError also for whole numbers of thousands of digits
-        return text
-
-
 def parse_range(name: str, text: str) -> Range | float:
     """Read ``1e-3:1`` as a range and ``0.03`` as a fixed value.
 
@@ -553,25 +486,6 @@ def parse_range(name: str, text: str) -> Range | float:
         return Range(low=numbers[0], high=numbers[1])
     except ValidationError as error:
         raise UsageError(f"{name}: {_reason(error.errors()[0])}") from None
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the dotted keys whose values differ, as ``key: old → new``."""
-    lines = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} → {b!r}")
-    return lines
-
-
-def refuse_difference(what: str, old: Mapping[str, Any], new: Mapping[str, Any], advice: str) -> None:
-    """Raise a MismatchError with the differing keys unless the two documents agree."""
-    lines = differences(old, new)
-    if lines:
-        raise MismatchError(f"{what} was made with another configuration ({'; '.join(lines)}); {advice}")
 
 
 def _explain(item: Any) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupx.config import Experiment, differences
+from mupx.config import Experiment
 from mupx.datasets.base import Split
 from mupx.distributed.communicator import Communicator
 from mupx.distributed.wrapping import batch_norms, fully_sharded, replicated, synchronising
+from mupx.dotted import differences
 from mupx.errors import MismatchError, UsageError
 from mupx.optim.adapter import Adapter, Trainable
 from mupx.optim.divided import Divided

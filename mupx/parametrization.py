@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupx import config
+from mupx import config, dotted
 from mupx.blame import arguments
 from mupx.config import Experiment, Hyperparameters, OptimizerConfig
 from mupx.depth import Source, depth_arguments, describe_at_depth
@@ -233,7 +233,7 @@ def experiment_from(
         else:
             known = [*Hyperparameters.model_fields, *OptimizerConfig.model_fields]
             raise unknown_name("argument", key, known)
-    return resolved(config.parse(config.merge({}, changes)))
+    return resolved(config.parse(dotted.merge({}, changes)))
 
 
 def _class_defaults(optimizer: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mupx import config
+from mupx import config, dotted
 from mupx.config import Experiment
 from mupx.errors import MismatchError, NotFoundError, UsageError
 from mupx.files import write_atomically
@@ -110,7 +110,7 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"no recipe at {path}; `mupx tune` and `mupx transfer -o` write one")
-    return from_dict(config.read_toml(path), origin=str(path))
+    return from_dict(dotted.read_toml(path), origin=str(path))
 
 
 def from_dict(document: Mapping[str, Any], origin: str) -> Recipe:

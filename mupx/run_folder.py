@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mupx import checkpoint
-from mupx.config import Experiment, refuse_difference
+from mupx.config import Experiment
+from mupx.dotted import refuse_difference
 from mupx.errors import MismatchError, out_of_memory
 from mupx.files import append, read_json, write_atomically
 from mupx.schema import SCHEMA, migrated, versions

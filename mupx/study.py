@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mupx.config import refuse_difference
+from mupx.dotted import refuse_difference
 from mupx.errors import MismatchError, NotFoundError, StorageError, UsageError
 from mupx.files import read_json, write_atomically
 from mupx.schema import SCHEMA, migrated

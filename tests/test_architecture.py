@@ -22,6 +22,7 @@ LEVELS = {
     "mupx.scaling": 0,
     "mupx.blocks": 0,
     "mupx.files": 0,
+    "mupx.dotted": 0,
     "mupx.mounts": 0,
     "mupx.processes": 0,
     "mupx.locks": 0,

@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mupx.config import (
-    Experiment,
-    Range,
+from mupx.config import Experiment, Range, load, parse, parse_range
+from mupx.dotted import (
     assignments,
     differences,
     environment_changes,
-    load,
     merge,
-    parse,
-    parse_range,
     parse_value,
     read_toml,
     refuse_difference,

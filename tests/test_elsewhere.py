@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mupx import config
+from mupx import config, dotted
 from mupx.checks.coordinate import read
 from mupx.config import Experiment
 from mupx.elsewhere import RULES_OF, installed
@@ -152,7 +152,7 @@ def chosen(name: str, width: int, rule: str | None = None) -> Experiment:
         "hyperparameters.lr": 1e-3,
         **gains,
     }
-    return config.parse(config.merge({}, settings))
+    return config.parse(dotted.merge({}, settings))
 
 
 def exponents(name: str, rule: str | None = None) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mupx import config, evaluation, training
+from mupx import config, dotted, evaluation, training
 from mupx.datasets.base import Dataset, Split
 from mupx.losses import IGNORED, LOSSES
 from mupx.models import MODELS
@@ -84,7 +84,7 @@ def experiment(name: str, optimizer: str = "adamw", **changes: Any) -> config.Ex
         "train.device": "cpu",
     }
     return config.parse(
-        config.merge({}, {**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
+        dotted.merge({}, {**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
     )
 
 

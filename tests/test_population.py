@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mupx import config, parts, stackable, training
+from mupx import config, dotted, parts, stackable, training
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def experiment(**changes: Any) -> Experiment:
-    return config.parse(config.merge({}, {**SMALL, **changes}))
+    return config.parse(dotted.merge({}, {**SMALL, **changes}))
 
 
 def cut(whole: Dataset, count: int = 200) -> Dataset:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mupx import config, quality, report
+from mupx import config, dotted, quality, report
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
@@ -306,7 +306,7 @@ def experiment(name: str = "kfac", **changes: Any) -> config.Experiment:
         "train.grad_clip": 0.5,
         **changes,
     }
-    return config.parse(config.merge({}, stated))
+    return config.parse(dotted.merge({}, stated))
 
 
 def final_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mupx import checkpoint, config, parts
+from mupx import checkpoint, config, dotted, parts
 from mupx.datasets.base import Dataset, Split
 from mupx.optim import OPTIMIZERS
 from mupx.training import Run
@@ -66,7 +66,7 @@ def images() -> Dataset:
 
 
 def made(case: str, data: Dataset) -> Run:
-    experiment = config.parse(config.merge({}, {**SETTING, **CASES[case]}))
+    experiment = config.parse(dotted.merge({}, {**SETTING, **CASES[case]}))
     return Run(experiment, data, parts.describe(experiment, data))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mupx import checkpoint, config, parts, recipe, schema, training
+from mupx import checkpoint, config, dotted, parts, recipe, schema, training
 from mupx.checkpoint import Checkpoint
 from mupx.errors import MismatchError
 from mupx.study import file_url, finished, open_study
@@ -114,4 +114,4 @@ def test_the_golden_run_is_that_of_the_golden_recipe() -> None:
     tuned = recipe.read(GOLDEN / "recipe-1.toml").experiment
     stored = json.loads((GOLDEN / "run-1" / "run.json").read_text())["identity"]
     now = {**tuned.identity(search=False), "data_checksum": parts.load_data(tuned).checksum}
-    assert config.differences(stored, json.loads(json.dumps(now))) == []
+    assert dotted.differences(stored, json.loads(json.dumps(now))) == []

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 import mupx
 from mupx import starter
-from mupx.config import Experiment, merge, parse
+from mupx.config import Experiment, parse
+from mupx.dotted import merge
 from mupx.starter import CHOSEN, EXAMPLES, MEANINGS, MODEL, config_text
 
 KEY = re.compile(r"^#(?=[\w\"])", re.M)  # "#key = value", not "# words"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mupx import checkpoint, config, parts, training
+from mupx.dotted import merge
 from mupx.errors import MismatchError, UsageError
 from mupx.training import schedule_factor, total_steps, train
 from mupx.usercode import hand_over
@@ -38,7 +39,7 @@ OPTIMIZERS = [
 
 def experiment(**changes):
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return config.parse(config.merge({}, {**SMALL, **dotted}))
+    return config.parse(merge({}, {**SMALL, **dotted}))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,8 @@ def test_a_process_killed_with_signal_9_continues_to_the_same_numbers(tmp_path, 
     script = f"""
 import os, signal
 from mupx import checkpoint, config, parts, training
-chosen = config.parse(config.merge({{}}, {SMALL!r})).updated({{"train.checkpoint_every": 4}})
+from mupx.dotted import merge
+chosen = config.parse(merge({{}}, {SMALL!r})).updated({{"train.checkpoint_every": 4}})
 def kill(step, steps, loss):
     if step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -336,9 +338,9 @@ def test_data_arguments_reach_the_loader(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (200 if label == "light" else 30, i, i)).save(path)
     folder = {"data.name": "image-folder", "data.dir": str(tmp_path)}
     for size in (8, 12):
-        data = parts.load_data(config.parse(config.merge({}, {**folder, "data.args.size": size})))
+        data = parts.load_data(config.parse(merge({}, {**folder, "data.args.size": size})))
         assert data.input_shape == (3, size, size)
     for name, taken in (("image-folder", "memory_gib, per_class, size, threads"), ("synthetic", "none")):
-        wrong = config.parse(config.merge({}, {**folder, "data.name": name, "data.args.siz": 8}))
+        wrong = config.parse(merge({}, {**folder, "data.name": name, "data.args.siz": 8}))
         with pytest.raises(UsageError, match=rf"takes no argument 'siz' \(it takes: {taken}\)"):
             parts.load_data(wrong)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from mupx.config import Experiment, differences
+from mupx.config import Experiment
+from mupx.dotted import differences
 from mupx.scaling import find_rule
 
 P, IK, Q = "P", "IK", "Q"

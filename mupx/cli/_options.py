@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mupx import config
+from mupx import config, dotted
 from mupx.config import Experiment
 from mupx.datasets import DATASETS
 from mupx.errors import UsageError, unknown_name
@@ -162,9 +162,9 @@ def range_changes(name: str, text: str) -> Document:
 
 def sources(path: Path | None, items: Sequence[str] | None, flags: Mapping[str, Any]) -> list[Document]:
     """Return file, environment, ``--set`` and flags as nested documents, the weakest first."""
-    file = {} if path is None else config.read_toml(path)
-    stated = (config.environment_changes(), config.assignments(items or ()), flag_changes(flags))
-    return [file, *(config.merge({}, changes) for changes in stated)]
+    file = {} if path is None else dotted.read_toml(path)
+    stated = (dotted.environment_changes(), dotted.assignments(items or ()), flag_changes(flags))
+    return [file, *(dotted.merge({}, changes) for changes in stated)]
 
 
 def fixed_experiment(documents: Sequence[Document]) -> Experiment:
@@ -196,9 +196,9 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
     document = combined(documents)
     width = _base_width(documents)
     if width is not None:
-        document = config.merge(document, {"scaling.base_width": width, "scaling.width": width})
+        document = dotted.merge(document, {"scaling.base_width": width, "scaling.width": width})
     if "depth" in document:
-        document = config.merge(document, {"depth.depth": None})
+        document = dotted.merge(document, {"depth.depth": None})
     _take_space(document)
     plain = check_names(config.parse(document))
     space = _space(documents, _default_space(documents[0], plain, roles))
@@ -207,14 +207,14 @@ def searched_experiment(documents: Sequence[Document], roles: bool) -> Experimen
             "every hyperparameter has a fixed value and none a default range; give a range to search, such "
             "as --lr 1e-3:1"
         )
-    return config.parse(config.merge(document, {"search.space": space}))
+    return config.parse(dotted.merge(document, {"search.space": space}))
 
 
 def combined(documents: Sequence[Document]) -> Document:
     """Return the documents laid over each other; a later value replaces an earlier one."""
     result: Document = {}
     for document in documents:
-        result = config.merge(result, dict(_leaves(document)))
+        result = dotted.merge(result, dict(_leaves(document)))
     return result
 
 
@@ -340,7 +340,7 @@ def _space(documents: Sequence[Document], space: Document) -> Document:
         stated = document.get("search", {}).get("space", {})
         for name in document.get("hyperparameters", {}):
             space.pop(name, None)
-        space = config.merge(space, dict(_leaves(stated)))
+        space = dotted.merge(space, dict(_leaves(stated)))
     return space
 
 

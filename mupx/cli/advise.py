@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mupx import config as configs
+from mupx import dotted
 from mupx import recipe as recipes
 from mupx.advice.statements import REFERENCES
 from mupx.cli import _options as o
@@ -103,12 +104,12 @@ def _experiment(
     allowed: Sequence[str] | None,
 ) -> tuple[Experiment, Recipe | None]:
     """Return the run at its target width, and the recipe it is from."""
-    document = {} if path is None else configs.read_toml(path)
+    document = {} if path is None else dotted.read_toml(path)
     if path is None or "parameters" not in document:
         combined = configs.parse(o.combined(o.sources(path, items, flags)))
         return o.check_names(combined), None
     recipe = recipes.read(path)
-    changes = {**configs.environment_changes(), **configs.assignments(items or ()), **o.flag_changes(flags)}
+    changes = {**dotted.environment_changes(), **dotted.assignments(items or ()), **o.flag_changes(flags)}
     changed = recipe.experiment.updated(changes)
     o.require_allowed(context, changed, changes, allowed)
     return o.check_names(changed), recipe

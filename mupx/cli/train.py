@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mupx import config
+from mupx import dotted
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import number, print_json, progress, say, warn
@@ -97,7 +97,7 @@ def command(
     """
     source = recipes.read(recipe)
     stated = {name: context.params[name] for name in STATED}
-    changes = {**config.environment_changes(), **config.assignments(set_ or ()), **o.flag_changes(stated)}
+    changes = {**dotted.environment_changes(), **dotted.assignments(set_ or ()), **o.flag_changes(stated)}
     experiment = source.experiment.updated(changes)
     o.require_allowed(context, experiment, changes, allow_code)
     experiment = o.check_names(experiment)
@@ -144,7 +144,7 @@ def _print_job(document: Mapping[str, Any], json: bool) -> None:
 
 def _overrides(old: Experiment, new: Experiment) -> list[str]:
     """List what was changed as ``key: old → new``, and warn of what does not transfer."""
-    lines = config.differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    lines = dotted.differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
     for line in lines:
         if line.startswith(NOT_TRANSFERRED):
             warn(f"{line}: the values were tuned for the old one and need not be optimal for the new one")

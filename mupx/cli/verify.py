@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mupx import config as configs
+from mupx import dotted
 from mupx import recipe as recipes
 from mupx.cli import _options as o
 from mupx.cli._console import note, print_json, print_table, progress, say, warn
@@ -124,13 +125,13 @@ def _experiment(
     context: typer.Context, path: Path | None, items: Sequence[str] | None, flags: dict[str, Any]
 ) -> tuple[Experiment, dict[str, Any]]:
     """Return the experiment at its base width, and the provenance of a recipe."""
-    document = {} if path is None else configs.read_toml(path)
-    changes = {**configs.environment_changes(), **configs.assignments(items or ()), **o.flag_changes(flags)}
+    document = {} if path is None else dotted.read_toml(path)
+    changes = {**dotted.environment_changes(), **dotted.assignments(items or ()), **o.flag_changes(flags)}
     if "parameters" in document and path is not None:
         recipe = recipes.read(path)
         experiment, provenance = recipe.experiment, dict(recipe.provenance)
         changed = experiment.updated(changes)
-        overrides = configs.differences(experiment.model_dump(mode="json"), changed.model_dump(mode="json"))
+        overrides = dotted.differences(experiment.model_dump(mode="json"), changed.model_dump(mode="json"))
         told = [line for line in overrides if line.startswith(("train.", "data."))]
         provenance["overrides"] = [*provenance.get("overrides", ()), *told]
         o.require_allowed(context, changed, changes, flags["allow_code"])
@@ -145,13 +146,13 @@ def _experiment(
 
 def _centred(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the file's document with each searched range replaced by its centre."""
-    file = configs.merge(sources[0], {})
+    file = dotted.merge(sources[0], {})
     space = file.get("search", {}).pop("space", {}) if isinstance(file.get("search"), dict) else {}
     for name, given in space.items():
         centre = configs.Range.model_validate(given).centre
         if name not in file.get("hyperparameters", {}):
             note(f"{name} is a range: its centre {centre:.4g} is verified; a fixed value sets another")
-            file = configs.merge(file, {f"hyperparameters.{name}": centre})
+            file = dotted.merge(file, {f"hyperparameters.{name}": centre})
     return [file]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mupx import config
+from mupx import config, dotted
 from mupx.doctor.base import Finding, System, fail, ok, warn
 from mupx.errors import MupxError
 from mupx.study import redact
@@ -16,7 +16,7 @@ def check_variables(system: System) -> Finding:
     names = sorted(name for name in system.environment if name.startswith("MUPX_") and name not in READ)
     overriding = {name: system.environment[name] for name in names if "__" in name}
     try:
-        config.parse(config.merge({}, config.environment_changes(overriding)))
+        config.parse(dotted.merge({}, dotted.environment_changes(overriding)))
     except MupxError as error:
         return fail(redact(str(error)), f"correct or unset it: {', '.join(overriding)}")
     unread = [name for name in names if name not in overriding]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mupx import config
-from mupx.config import Experiment, refuse_difference
+from mupx import config, dotted
+from mupx.config import Experiment
+from mupx.dotted import refuse_difference
 from mupx.errors import MismatchError, UsageError
 from mupx.leases import Leases
 from mupx.schema import versions
@@ -101,6 +102,6 @@ def _require_same_mupx(study: Study, stored: Mapping[str, str]) -> None:
 
 
 def _remark_versions(stored: Mapping[str, str], remark: Callable[[str], None] | None) -> None:
-    others = config.differences(stored, versions())
+    others = dotted.differences(stored, versions())
     if others and remark is not None:
         remark(f"this worker differs from the study's maker ({'; '.join(others)}): its numbers may, too")

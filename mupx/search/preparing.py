@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
 
-from mupx.config import Experiment, refuse_difference
+from mupx.config import Experiment
+from mupx.dotted import refuse_difference
 from mupx.schema import versions
 from mupx.search import sampling
 from mupx.search.batch import BatchEvaluation

@@ -17,6 +17,7 @@ from mupx import config, scaling
 from mupx.checks.result import Report
 from mupx.checks.runner import verify
 from mupx.config import Experiment
+from mupx.dotted import merge
 from mupx.parametrization import resolved
 from mupx.scaling import LayerScale, Parametrization, Role, ScalingRule
 
@@ -65,7 +66,7 @@ def experiment(setup: Setup, *, base: int = 64, bias: bool = False, **changes: A
         "hyperparameters.damping": damping,
     }
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return resolved(config.parse(config.merge({}, {**settings, **dotted})))
+    return resolved(config.parse(merge({}, {**settings, **dotted})))
 
 
 def slopes(chosen: Experiment, widths: Sequence[int], seeds: Sequence[int] = (0, 1), **more: Any) -> Report:

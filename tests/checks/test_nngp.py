@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mupx import config, training
 from mupx.checks import fits, nngp
 from mupx.datasets.base import Dataset, Split
+from mupx.dotted import merge
 from mupx.errors import UsageError
 
 N, D_IN, CLASSES, BASE = 32, 6, 3, 64
@@ -54,7 +55,7 @@ SETTING: dict[str, Any] = {
 def make_run(width: int, head: float = 0.0, rho_B: float | None = 0.0, **changes: Any) -> training.Run:
     """A run in the setting of the statement; ``head`` multiplies the μP read-out, None leaves μP's ρ_B."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    experiment = config.parse(config.merge({}, {**SETTING, "scaling.width": width, **dotted}))
+    experiment = config.parse(merge({}, {**SETTING, "scaling.width": width, **dotted}))
     run = training.Run(experiment, DATA, training.describe(experiment, DATA))
     with torch.no_grad():
         run.model.get_parameter("output.weight").mul_(head)

@@ -21,6 +21,7 @@ from mupx import config, training
 from mupx.datasets.base import Dataset, Split
 from mupx.distributed import joining
 from mupx.distributed.communicator import Communicator
+from mupx.dotted import merge
 from mupx.errors import MupxError
 from mupx.optim import OPTIMIZERS
 from mupx.usercode import hand_over
@@ -108,7 +109,7 @@ def run(
 ) -> dict[str, Any]:
     """Train and return what it came to; stopped after ``stop`` steps as by a crash."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    chosen = config.parse(config.merge({}, {**SMALL, "model.name": hand_over(model), **dotted}))
+    chosen = config.parse(merge({}, {**SMALL, "model.name": hand_over(model), **dotted}))
     losses: list[float] = []
 
     def watch(step: int, steps: int, loss: float) -> None:

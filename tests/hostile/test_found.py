@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mupx import config, report
+from mupx import config, dotted, report
 from mupx.errors import MupxError, StorageError, UsageError
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks" / "reliability")
@@ -64,7 +64,7 @@ def test_a_seed_that_does_not_fit_into_torch_is_refused(section: str, seed: int)
 
 @pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000])
 def test_a_value_that_python_does_not_take_is_text(text: str) -> None:
-    assert config.parse_value(text) == text
+    assert dotted.parse_value(text) == text
 
 
 @pytest.mark.parametrize("verb", [["status"], ["report"], ["train"], ["transfer", "--width", "8"]])

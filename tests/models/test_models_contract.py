@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from mupx.config import merge, parse
+from mupx.config import parse
 from mupx.curvature import factorable_layers
+from mupx.dotted import merge
 from mupx.errors import UsageError
 from mupx.layers import derive
 from mupx.losses import LOSSES

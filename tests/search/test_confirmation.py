@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from mupx import config
+from mupx import config, dotted
 from mupx.config import Experiment
 from mupx.errors import UsageError
 from mupx.search import choose, confirmation, tune
@@ -26,7 +26,7 @@ def experiment(confirm: int, **more: object) -> Experiment:
         "search.confirm": confirm,
         "search.space.lr": {"low": 0.01, "high": 10.0},
     }
-    return config.parse(config.merge({}, {**settings, **more}))
+    return config.parse(dotted.merge({}, {**settings, **more}))
 
 
 def study_in(folder: Path) -> optuna.Study:
