@@ -33,6 +33,7 @@ from mupx.plain_loss import find_loss
 from mupx.quality import Watch
 from mupx.recipe import Recipe
 from mupx.run_folder import Metrics, Result
+from mupx.settling import settle
 from mupx.shared_folder import SharedFolder
 from mupx.signals import AtStepEnd
 
@@ -158,6 +159,7 @@ class Run:
         parallel: Parallel | None = None,
     ) -> None:
         config = experiment.train
+        settle()
         self.parallel = Parallel(Communicator()) if parallel is None else parallel
         self.parallel.require(experiment)
         if config.batch_size % config.accumulate:

@@ -30,6 +30,7 @@ LEVELS = {
     "mupx.schema": 0,
     "mupx.signals": 0,
     "mupx.refresh": 0,
+    "mupx.settling": 2,
     "mupx.config": 1,
     "mupx.layers": 1,
     "mupx.interop": 1,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mupx.datasets.base import Dataset, Split
+from mupx.settling import settle
 
 INPUTS, CLASSES, TEACHER_WIDTH = 24, 10, 32
 TRAIN, HELD_OUT_PER_CLASS = 12_800, 100
@@ -28,6 +29,7 @@ def load(directory: Path | None = None) -> Dataset:
     Args:
         directory: Ignored: the data are made, not read.
     """
+    settle()  # or a label may differ from one process to the next
     generator = torch.Generator().manual_seed(SEED)
     U = torch.randn(INPUTS, TEACHER_WIDTH, generator=generator) / INPUTS**0.5
     V = torch.randn(TEACHER_WIDTH, CLASSES, generator=generator)
