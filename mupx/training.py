@@ -144,6 +144,16 @@ def train(
     return result
 
 
+def carry_out(run: Run, progress: Progress | None = None) -> Result:
+    """Train a run in memory to its end, as :func:`train` does, and write nothing.
+
+    Args:
+        run: A run that has not begun.
+        progress: ``(step, steps, loss)`` after every step.
+    """
+    return _loop(run, None, None, 0, progress, False)
+
+
 class Run:
     """Model, optimizer and data order of one experiment, at one step.
 

@@ -11,7 +11,7 @@ width, and a ridge in units of the trace then damps another part of the spectrum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,32 +36,61 @@ class Reading(NamedTuple):
     effective: Mapping[str, float] = {}
 
 
-def read(run: Run, parameters: Sequence[Parameter]) -> dict[str, Reading]:
-    """Train ``run`` to its end and return parameter → what its last update was like.
+class LastUpdate:
+    """Reads the last update of a run that somebody else trains: call it after every step.
 
-    Empty when the run diverges. Learning rates of the last step include the schedule's factor, which is
-    the same at every width.
+    Learning rates of the last step include the schedule's factor, which is the same at every width.
 
     Args:
-        run: A run that has not begun.
+        run: A run before its last step.
         parameters: Which axes of each tensor are fan-in and fan-out: an embedding is stored as
             ``[d_in, d_out]``, a transposed convolution as ``[d_in, d_out, k, k]``.
     """
-    while run.step < run.steps - 1:
-        if not math.isfinite(run.advance()):
+
+    def __init__(self, run: Run, parameters: Sequence[Parameter]) -> None:
+        self._run = run
+        self._described = {p.name: p for p in parameters if p.in_axes and p.out_axes}
+        self._before: dict[str, torch.Tensor] = {}
+        self._keep()
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """Keep the weights where the coming step is the last."""
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._run.step == self._run.steps - 1:
+            self._before = {name: matrix.detach().clone() for name, matrix in self._matrices()}
+
+    def _matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._run.model.named_parameters():
+            if name in self._described:
+                yield name, parameter
+
+    def reading(self) -> dict[str, Reading]:
+        """Return parameter → what its last update was like; empty when the run did not reach its end."""
+        if self._run.step < self._run.steps:
             return {}
-    described = {p.name: p for p in parameters if p.in_axes and p.out_axes}
-    matrices = {n: p for n, p in run.model.named_parameters() if n in described}
-    before = {name: parameter.detach().clone() for name, parameter in matrices.items()}
-    run.advance()
-    with torch.no_grad():
-        changes = {n: _matrix(p - before[n], described[n]).double() for n, p in matrices.items()}
-    statistics = curvature_orders.read(run.optimizer)
-    return {
-        name: Reading(*_size(change), _effective_ranks(statistics.get(name, {})))
-        for name, change in changes.items()
-        if change.isfinite().all()
-    }
+        with torch.no_grad():
+            changes = {
+                n: _matrix(p - self._before[n], self._described[n]).double() for n, p in self._matrices()
+            }
+        statistics = curvature_orders.read(self._run.optimizer)
+        return {
+            name: Reading(*_size(change), _effective_ranks(statistics.get(name, {})))
+            for name, change in changes.items()
+            if change.isfinite().all()
+        }
+
+
+def read(run: Run, parameters: Sequence[Parameter]) -> dict[str, Reading]:
+    """Train ``run`` to its end and return its last update, as :class:`LastUpdate` reads it."""
+    last = LastUpdate(run, parameters)
+    while run.step < run.steps:
+        loss = run.advance()
+        if not math.isfinite(loss):
+            return {}
+        last(run.step, run.steps, loss)
+    return last.reading()
 
 
 def _effective_ranks(scales: Mapping[str, tuple[float | None, ...]]) -> dict[str, float]:

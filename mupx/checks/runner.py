@@ -25,10 +25,10 @@ from mupx.checks.session import Progress, Session, SweepPoint, TooWideError
 from mupx.checks.transfer import Line, at
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset
-from mupx.errors import NoResultError, UsageError
+from mupx.errors import NoResultError, UsageError, out_of_memory
 from mupx.layers import derive
 from mupx.parametrization import resolved
-from mupx.recipe import Recipe
+from mupx.training import Run
 
 FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
 STEPS = (1, 10)
@@ -203,7 +203,7 @@ def _expected(experiment: Experiment, widths: Sequence[int], quick: bool, sweeps
         reach = transfer.telescoped(REACH, math.log2(width / swept[0]), axes) if quick else REACH
         # The lines cross in one point, and at base width SP is the same run.
         points += (2 * reach * axes + 1) * (2 if sp and width != experiment.scaling.base_width else 1)
-    return len(widths) + points + len(swept)
+    return len(widths) + points
 
 
 def _sweeps(session: Session, report: Report, quick: bool, beside_sp: bool) -> None:
@@ -269,16 +269,21 @@ def _loss(session: Session, point: SweepPoint, quick: bool) -> Any:
     )
     steps = _steps(session, quick)
     config = config.updated({"train.steps": steps})
+    own = session.experiment.scaling.parametrization
+    based = point == at(_place(session, own, point.width), "seed", point.seed)
 
     def make() -> Any:
-        result = training.train(config, data=session.brief, recipe=Recipe(config, session.parameters))
-        return {
+        run = Run(config, session.brief, session.parameters)
+        last = late.LastUpdate(run, session.parameters) if based else None
+        result = training.carry_out(run, progress=last)
+        reading = {
             "outcome": result.outcome,
             "train_loss": result.train_loss,
             "untrained": result.untrained["train"],
         }
+        return reading if last is None else {**reading, "late": _last_update(last)}
 
-    cell = {"kind": "run", **asdict(point), "steps": steps}
+    cell = {"kind": "run", **asdict(point), "steps": steps, **({"late": True} if based else {})}
     damped = "log2_damping" in _axes(session.experiment)
     damping = f", damping 2^{point.log2_damping:.1f}" if damped else ""
     text = f"{point.parametrization} width {point.width}: lr 2^{point.log2_lr:.1f}{damping}"
@@ -293,19 +298,24 @@ def _wider(session: Session, report: Report, widths: Sequence[int], quick: bool)
             report.wider[width] = [float(_loss(session, point, quick)["train_loss"]) for point in points]
 
 
+def _last_update(last: late.LastUpdate) -> dict[str, late.Reading] | None:
+    """Return what is read; None where a product with it does not fit into memory, though the run did."""
+    try:
+        return last.reading()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+
+
 def _late(session: Session, report: Report, quick: bool) -> None:
-    own, steps = session.experiment.scaling.parametrization, _steps(session, quick)
+    """Judge the last update of the runs with the base values, which the sweeps have trained."""
+    own = session.experiment.scaling.parametrization
     readings: dict[tuple[int, int], dict[str, late.Reading]] = {}
     for width in report.wider:
         for seed in session.seeds:
-
-            def make(width: int = width, seed: int = seed) -> Any:
-                return late.read(session.run(own, width, seed, train__steps=steps), session.parameters)
-
-            cell = {"kind": "late", "width": width, "seed": seed, "steps": steps}
-            try:
-                reading = session.measure(cell, make, f"late check, width {width}, seed {seed}")
-            except TooWideError:
+            reading = _loss(session, at(_place(session, own, width), "seed", seed), quick)["late"]
+            if reading is None:
                 session.notes.append(f"the late check does not fit into memory at width {width}")
                 break
             readings[width, seed] = {name: late.Reading(*found) for name, found in reading.items()}

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mupx import check_report, parts, training
-from mupx.checks import coordinate
+from mupx.checks import coordinate, late
 from mupx.checks.runner import verify
-from mupx.config import Experiment
 from mupx.datasets.base import Split
 from mupx.errors import MismatchError, NoResultError, UsageError
 from mupx.run_folder import Metrics
@@ -156,14 +155,14 @@ def test_an_interrupted_verification_continues_to_the_same_report(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         verify(chosen, widths=WIDTHS, quick=True, run_dir=tmp_path, progress=stop)
     measured: list[str] = []
-    right = training.train
+    right = training.carry_out
 
-    def counted(config: Experiment, **more: Any) -> Any:
-        measured.append(str(config.scaling.width))
-        return right(config, **more)
+    def counted(run: Run, **more: Any) -> Any:
+        measured.append(str(run.experiment.scaling.width))
+        return right(run, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train", counted)
+        patch.setattr(training, "carry_out", counted)
         continued = outcome(verify(chosen, widths=WIDTHS, quick=True, run_dir=tmp_path))
         first = len(measured)
         again = outcome(verify(chosen, widths=WIDTHS, quick=True, run_dir=tmp_path))
@@ -297,3 +296,47 @@ def test_a_first_batch_without_labels_is_not_all_that_is_evaluated() -> None:
     unlabelled = replace(data, validation=Split(data.validation.inputs, targets))
     report = verify(chosen, data=unlabelled, widths=WIDTHS, quick=True)
     assert report.sweeps[0].lines == verify(chosen, data=data, widths=WIDTHS, quick=True).sweeps[0].lines
+
+
+def test_the_late_check_reads_the_base_runs_of_the_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = experiment(settings.KFAC, **TINY)
+    data = parts.load_data(chosen)
+    trained, plain = [], training.carry_out
+
+    def carry_out(run: Run, progress: Any) -> Any:
+        trained.append(run.experiment)
+        return plain(run, progress)
+
+    monkeypatch.setattr(training, "carry_out", carry_out)
+    report = verify(chosen, data=data, widths=WIDTHS, quick=True)
+    assert len({repr(one) for one in trained}) == len(trained)  # nothing is trained twice
+    row = next(row for row in report.late if (row.name, row.quantity) == ("hidden1.weight", "norm"))
+    assert {(width, seed) for width, seed, _ in row.series} == {(w, s) for w in WIDTHS for s in (0, 1)}
+    for width, seed, norm in row.series:
+        one = chosen.updated({"scaling.width": width, "train.seed": seed})
+        parameters = training.describe(chosen, data)
+        assert norm == late.read(Run(one, data, parameters), parameters)["hidden1.weight"].norm
+        other = one.updated({"hyperparameters.lr": chosen.hyperparameters.lr * 2**0.5})
+        assert norm != late.read(Run(other, data, parameters), parameters)["hidden1.weight"].norm
+
+
+def test_a_late_check_beyond_memory_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = late.LastUpdate.reading
+
+    def reading(last: late.LastUpdate) -> Any:
+        if last._run.experiment.scaling.width == 64:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return right(last)
+
+    monkeypatch.setattr(late.LastUpdate, "reading", reading)
+    report = verify(experiment(settings.SGD, **TINY), widths=WIDTHS, quick=True)
+    assert report.notes == ["the late check does not fit into memory at width 64"]
+    assert {line.width for line in report.sweeps[0].lines} == set(WIDTHS)
+    assert {width for row in report.late for width, _, _ in row.series} == {16, 32}
+
+    def broken(last: late.LastUpdate) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(late.LastUpdate, "reading", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        verify(experiment(settings.SGD, **TINY), widths=WIDTHS, quick=True)
