@@ -3,6 +3,8 @@
     python benchmarks/zoo_verdicts.py             # measure what is missing, then print the table
     python benchmarks/zoo_verdicts.py --table     # print the committed results
     python benchmarks/zoo_verdicts.py --quick     # the same with sweeps, as `mupx verify --quick`
+    python benchmarks/zoo_verdicts.py --quick --runs runs
+                                                  # what was measured before an interruption counts
     python benchmarks/zoo_verdicts.py --doublings output.weight --families vgg19 --optimizers adamw
                                                   # these tensors from each width to the next, no CSV
     python benchmarks/zoo_verdicts.py --smoke     # one family, two optimizers, no CSV
@@ -35,6 +37,7 @@ from mupx import config, parts
 from mupx.checks.result import Report
 from mupx.checks.rows import Row
 from mupx.checks.runner import verify
+from mupx.checks.session import Progress
 from mupx.datasets.base import Dataset, Split
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,10 +120,20 @@ def load(kind: str) -> Dataset:
     return text(kind == "context") if kind in ("text", "context") else images(kind == "large images")
 
 
-def measure(family: str, optimizer: str, *given: Any, **named: Any) -> dict[str, object]:
-    """Return a row of the table; arguments as for :func:`verified`."""
-    started = time.process_time()
-    report = verified(family, optimizer, *given, **named)
+def measure(
+    family: str, optimizer: str, *given: Any, runs: Path | None = None, **named: Any
+) -> dict[str, object]:
+    """Return a row of the table; arguments as for :func:`verified`, and the folder of all kept runs."""
+    folder = None if runs is None else runs / f"{family}-{optimizer}".replace(", ", "-").replace(" ", "-")
+    spent = None if folder is None else folder / "cpu_seconds"
+    before = float(spent.read_text()) if spent is not None and spent.exists() else 0.0
+    started = time.process_time() - before
+
+    def count(*_: object) -> None:
+        if spent is not None:
+            spent.write_text(f"{time.process_time() - started:.1f}")
+
+    report = verified(family, optimizer, *given, folder=folder, progress=count, **named)
     return {
         "family": family,
         "optimizer": optimizer,
@@ -138,6 +151,8 @@ def verified(
     hyperparameters: Mapping[str, float] | None = None,
     structure: Mapping[str, object] | None = None,
     quick: bool = False,
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     model, args, kind, usual = FAMILIES[family]
     widths = widths or usual
@@ -151,7 +166,15 @@ def verified(
             "scaling": {"base_width": widths[0], "width": widths[0]},
         }
     )
-    return verify(experiment, data=load(kind), widths=widths, quick=quick, sweeps=quick)
+    return verify(
+        experiment,
+        data=load(kind),
+        widths=widths,
+        quick=quick,
+        sweeps=quick,
+        run_dir=folder,
+        progress=progress,
+    )
 
 
 def doublings(report: Report, name: str) -> list[str]:
@@ -207,6 +230,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--quick", action="store_true", help="with sweeps: one to many minutes each")
     parser.add_argument("--doublings", metavar="NAME", help="of tensors with this in their name")
+    parser.add_argument("--runs", type=Path, help="folder that keeps every run, to continue from")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--smoke", action="store_true")
@@ -231,7 +255,7 @@ def main() -> None:
             for optimizer in arguments.optimizers:
                 if (family, optimizer) in done:
                     continue
-                rows.append(measure(family, optimizer, quick=arguments.quick))
+                rows.append(measure(family, optimizer, quick=arguments.quick, runs=arguments.runs))
                 print(rows[-1], flush=True)
                 write_rows(path, rows)
     print(show(rows))
