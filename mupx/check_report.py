@@ -63,6 +63,7 @@ def _drift(sweep: Sweep) -> dict[str, Any]:
         "high": sweep.drift.high,
         "verdict": sweep.drift_status,
         "best_log2": {str(line.width): line.best().value for line in sweep.lines},
+        "open_widths": [line.width for line in sweep.lines if line.beyond],
         "speed": None if sweep.speed is None else asdict(sweep.speed),
     }
 

@@ -186,6 +186,36 @@ def test_drift_has_the_best_value_at_each_width() -> None:
     assert moving["speed"] is None  # three widths
 
 
+def test_a_drift_between_ends_of_lines_without_a_minimum_is_a_warning() -> None:
+    """A damping that only has to be small enough: lines end where they flatten, and lose next to nothing."""
+
+    def lines(tail: float) -> tuple[Line, ...]:
+        found = []
+        for doublings, width in enumerate(WIDTHS):
+            values = tuple(-8.0 - 0.5 * doublings + 0.5 * i for i in range(-4, 5))
+            bottom = values[2]
+            losses = tuple(0.5 + 2.0**v + (tail if v < bottom else 0.0) for v in values)
+            found.append(Line(width, values, {0: losses, 1: losses}))
+        return tuple(found)
+
+    def judged(tail: float) -> Sweep:
+        swept = lines(tail)
+        regrets = {line.width: transfer.regret(swept[0], line) for line in swept}
+        gains = {line.width: UNTRAINED - min(line.mean()) for line in swept}
+        return Sweep("mup", "damping", swept, transfer.drift(swept), regrets, gains, None)
+
+    flat, bowl = judged(0.0), judged(0.1)
+    assert flat.drift.high < -0.1
+    assert bowl.drift.high < -0.1
+    assert min(flat.regrets[WIDTHS[-1]]) > 0
+    assert min(bowl.regrets[WIDTHS[-1]]) > 0
+    assert (flat.status, bowl.status) == ("warn", "fail")
+    (entry,) = check_report.document(report(sweeps=[flat]))["drift"]
+    assert (entry["verdict"], entry["open_widths"]) == ("warn", list(WIDTHS))
+    (entry,) = check_report.document(report(sweeps=[bowl]))["drift"]
+    assert (entry["verdict"], entry["open_widths"]) == ("fail", [])
+
+
 def test_regret_is_told_per_width_and_seed() -> None:
     regret = {
         (r["parametrization"], r["hyperparameter"], r["width"]): r

@@ -239,7 +239,8 @@ def _sweep(
         centre = _place(session, parametrization, width)
         centre = at(centre, axis, lines[0].lowest()) if lines else centre
         try:
-            points = transfer.sweep(loss, centre, axis, session.seeds, reach)
+            untrained = float(_loss(session, centre, quick)["untrained"])
+            points = transfer.sweep(loss, centre, axis, session.seeds, reach, untrained)
         except TooWideError:
             session.drop(width)
             break

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 HALF_OCTAVE = 0.5
 LONGEST = 30  # points after which a line that finds no minimum ends
+INSIDE = 2  # steps from either end
+FLAT = 0.002  # of what training gains: an octave that lowers the loss by less is not followed further
 STILL = 0.25  # octaves: less is not told apart by parabolas through half-octave points
 AROUND = 1.0  # octaves to either side of the lowest point that enter the parabola
 FAST_TRANSFER_WIDTHS = 4
@@ -60,6 +62,12 @@ class Line:
         means = self.mean(seeds)
         return self.values[means.index(min(means))]
 
+    @property
+    def beyond(self) -> int:
+        """Where the mean over seeds has its minimum: 0 inside the line, −1 or +1 at or beyond that end."""
+        index = self.values.index(self.lowest())
+        return -1 if index < INSIDE else 1 if index >= len(self.values) - INSIDE else 0
+
     def at(self, value: float, seed: int) -> float:
         """Return the loss of one seed at a value of the line."""
         return self.losses[seed][self.values.index(value)]
@@ -79,10 +87,14 @@ class Line:
         return vertex if vertex is not None and inside else Fit(lowest, -math.inf, math.inf)
 
 
-def sweep(losses: Losses[P], centre: P, axis: str, seeds: Sequence[int], reach: int) -> list[P]:
+def sweep(
+    losses: Losses[P], centre: P, axis: str, seeds: Sequence[int], reach: int, untrained: float | None = None
+) -> list[P]:
     """Return the points of a half-octave line through ``centre``, each with the centre's seed.
 
-    The line reaches ``reach`` steps to either side and grows until its lowest point is two steps inside.
+    The line reaches ``reach`` steps to either side and grows, an octave at a time, until its lowest point is
+    two steps inside, or until an octave lowers the loss by less than 0.2 % of what training gains: a damping
+    that only has to be small enough has no minimum.
 
     Args:
         losses: Trains a point, or remembers it.
@@ -90,15 +102,20 @@ def sweep(losses: Losses[P], centre: P, axis: str, seeds: Sequence[int], reach: 
         axis: The field that is swept, a log2.
         seeds: Seeds whose mean decides.
         reach: Steps to either side at first.
+        untrained: Loss before the first step, which says what training gains; None follows every slope.
     """
-    low, high = -reach, reach
+    low, high, known = -reach, reach, math.inf
     while True:
         points = [at(centre, axis, getattr(centre, axis) + HALF_OCTAVE * i) for i in range(low, high + 1)]
         means = [mean_loss(losses, point, seeds) for point in points]
-        best = means.index(min(means))
-        if len(points) >= LONGEST or 2 <= best < len(points) - 2:
+        lowest = min(means)
+        best = means.index(lowest)
+        if len(points) >= LONGEST or INSIDE <= best < len(points) - INSIDE:
             return points
-        low, high = (low - 2, high) if best < 2 else (low, high + 2)
+        if untrained is not None and known - lowest < FLAT * (untrained - lowest):
+            return points
+        known = lowest
+        low, high = (low - 2, high) if best < INSIDE else (low, high + 2)
 
 
 def mean_loss(losses: Losses[P], point: P, seeds: Sequence[int]) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mupx.checks.rows import Row
 
 LINES = 20
+OPEN = {-1: "≤", 0: "", 1: "≥"}  # where a line's minimum lies at or beyond that end
 HOW = "How it is verified"
 NOT_RUN_FLAGS = ("config", "widths", "seeds", "at", "quick", "slopes", "junit", "figures", "run_dir", "fresh")
 
@@ -233,7 +234,7 @@ def _print_sweeps(sweeps: Sequence[Sweep]) -> None:
     for sweep in sweeps:
         widest = sweep.lines[-1].width
         regrets = sweep.regrets[widest]
-        best = " ".join(f"{line.best().value:+.1f}" for line in sweep.lines)
+        best = " ".join(f"{OPEN[line.beyond]}{line.best().value:+.1f}" for line in sweep.lines)
         drift = f"{sweep.drift.value:+.2f} ({sweep.drift.low:+.2f} … {sweep.drift.high:+.2f})"
         speed = sweep.speed
         fast = "–" if speed is None else f"{'yes' if speed.pays else 'no'}"

@@ -79,6 +79,33 @@ def test_a_sweep_without_a_minimum_stops(slope: float) -> None:
     assert (max(values) > 5.0) == (slope < 0)  # it grew towards lower losses
 
 
+def test_a_tail_that_only_flattens_is_not_followed() -> None:
+    def tail(place: Place) -> float:  # a damping that only has to be small enough
+        return 0.8 + 0.5 * 2.0 ** (0.8 * place.log2_lr)
+
+    def ends(untrained: float | None) -> list[float]:
+        return [p.log2_lr for p in transfer.sweep(tail, Place(), "log2_lr", (0,), 4, untrained)]
+
+    assert len(ends(None)) >= LONGEST
+    values = ends(2.3)
+    octaves = zip(values[:-2:2], values[2::2], strict=True)
+    gains = [tail(Place(log2_lr=high)) - tail(Place(log2_lr=low)) for low, high in octaves]
+    least = transfer.FLAT * (2.3 - tail(Place(log2_lr=values[0])))
+    assert gains[0] < least < gains[1]
+    assert tail(Place(log2_lr=values[0])) - 0.8 < 0.01 * 1.5  # what is left beyond would not fail a width
+
+
+@pytest.mark.parametrize("optimum", [-11.0, -7.0])
+def test_a_slope_is_followed_out_of_divergence(optimum: float) -> None:
+    """Runs that diverge count with the untrained loss: a line that starts among them finds its minimum."""
+
+    def valley(place: Place) -> float:
+        return 2.3 - 2.0 * max(0.0, 1.0 - abs(place.log2_lr - optimum) / 4.0)
+
+    points = transfer.sweep(valley, Place(), "log2_lr", (0,), 2, 2.3)
+    assert min(points, key=valley).log2_lr == optimum
+
+
 def test_the_mean_over_seeds_decides_how_far_a_sweep_goes() -> None:
     def losses(place: Place) -> float:
         return 0.1 * (place.log2_lr - (-4.0 if place.seed == 0 else 0.0)) ** 2
@@ -147,6 +174,13 @@ def test_a_cliff_beside_the_optimum_does_not_move_the_best_value_out_of_its_neig
     found = by_hand(64, [0.9, 0.8, 0.7, 0.6, 2.3, 2.3, 2.3], [0.9, 0.8, 0.7, 0.6, 2.3, 2.3, 2.3])
     assert found.lowest() == 1.5
     assert 0.5 <= found.best().value <= 2.5
+
+
+@pytest.mark.parametrize(
+    ("optimum", "beyond"), [(-9.0, -1), (-6.5, -1), (-6.0, 0), (-4.0, 0), (-2.0, 0), (-1.5, 1), (1.0, 1)]
+)
+def test_a_minimum_is_known_where_two_points_lie_beyond_it(optimum: float, beyond: int) -> None:
+    assert line(64, optimum).beyond == beyond  # of −7 … −1
 
 
 # Drift
