@@ -266,7 +266,8 @@ class Run:
         """
         config = self.experiment.train
         self.whole = False
-        self.model.train()
+        if not self.model.training:  # on a deep network that is narrow the walk takes longer than a layer
+            self.model.train()
         self.set_learning_rates()
         if self.step <= 1:
             check_groups(self.optimizer, self.layers, self.factor)

@@ -136,23 +136,32 @@ def test_large_is_not_infinite() -> None:
     assert all_finite([huge, torch.zeros(0, 2), torch.zeros(4, dtype=torch.float64)])
     assert all_finite([torch.full((4,), 6e4, dtype=torch.float16)])
     assert all_finite([])
+    assert all_finite([huge, huge.flatten()])
     for value in BAD:
         assert not all_finite([torch.zeros(2), torch.tensor([1.0, value])])
+        assert not all_finite([torch.tensor([1.0, value]), torch.zeros(2, dtype=torch.float64)])
 
 
 def test_finiteness_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look from the host makes a GPU finish its queue: one per step, whatever the number of tensors."""
     looks = 0
-    original: Callable[[Tensor], bool] = Tensor.__bool__
 
-    def counted(tensor: Tensor) -> bool:
-        nonlocal looks
-        looks += 1
-        return original(tensor)
+    def counting(name: str) -> Callable[[Tensor], object]:
+        original = getattr(Tensor, name)
 
-    monkeypatch.setattr(Tensor, "__bool__", counted)
+        def counted(tensor: Tensor) -> object:
+            nonlocal looks
+            looks += 1
+            return original(tensor)
+
+        return counted
+
+    for name in ("__bool__", "__float__", "item"):
+        monkeypatch.setattr(Tensor, name, counting(name))
     assert all_finite([torch.ones(3, 3) for _ in range(20)])
     assert looks == 1
+    assert all_finite([torch.ones(3, 3), torch.ones(3, dtype=torch.float64)])
+    assert looks == 2
 
 
 def test_sparse_gradients_are_refused_by_name(name: str) -> None:
