@@ -24,7 +24,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +147,7 @@ def measure(
 def verified(
     family: str,
     optimizer: str,
-    widths: tuple[int, ...] | None = None,
+    widths: Sequence[int] | None = None,
     hyperparameters: Mapping[str, float] | None = None,
     structure: Mapping[str, object] | None = None,
     quick: bool = False,
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--quick", action="store_true", help="with sweeps: one to many minutes each")
     parser.add_argument("--doublings", metavar="NAME", help="of tensors with this in their name")
+    parser.add_argument("--widths", nargs="+", type=int, help="with --doublings, others than the family's")
     parser.add_argument("--runs", type=Path, help="folder that keeps every run, to continue from")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--table", action="store_true")
@@ -243,7 +244,7 @@ def main() -> None:
         print(set_threads(1))
         for family in arguments.families:
             for optimizer in arguments.optimizers:
-                lines = doublings(verified(family, optimizer), arguments.doublings)
+                lines = doublings(verified(family, optimizer, arguments.widths), arguments.doublings)
                 print(f"{family} with {optimizer}", *lines, sep="\n  ", flush=True)
         return
     path = arguments.csv or RESULTS / ("zoo-quick.csv" if arguments.quick else "zoo-verdicts.csv")
