@@ -59,6 +59,7 @@ CONFIGURATIONS = [
     (REAL, "sgd", None, 0.5, 0.01, True),
     (REAL, "adamw", None, 0.005, 0.01, True),
     (REAL, "kfac", "trace", 0.04, 0.01, True),
+    (REAL, "shampoo", "relative", 0.05, 1e-3, True),
 ]
 COLUMNS = ("Δh", "own", "init", "ridge", "size", "norm")
 
