@@ -227,6 +227,12 @@ def _place(session: Session, parametrization: str, width: int) -> SweepPoint:
     return SweepPoint(name, width, math.log2(hyper.lr), math.log2(hyper.damping), session.seeds[0])
 
 
+def _base_run(session: Session, width: int, seed: int) -> SweepPoint:
+    """Return the run of the base values under the rules that are verified."""
+    own = session.experiment.scaling.parametrization
+    return at(_place(session, own, width), "seed", seed)
+
+
 def _sweep(
     session: Session, parametrization: str, axis: str, widths: Sequence[int], quick: bool, axes: int
 ) -> Sweep | None:
@@ -270,8 +276,7 @@ def _loss(session: Session, point: SweepPoint, quick: bool) -> Any:
     )
     steps = _steps(session, quick)
     config = config.updated({"train.steps": steps})
-    own = session.experiment.scaling.parametrization
-    based = point == at(_place(session, own, point.width), "seed", point.seed)
+    based = point == _base_run(session, point.width, point.seed)
 
     def make() -> Any:
         run = Run(config, session.brief, session.parameters)
@@ -292,10 +297,9 @@ def _loss(session: Session, point: SweepPoint, quick: bool) -> Any:
 
 
 def _wider(session: Session, report: Report, widths: Sequence[int], quick: bool) -> None:
-    own = session.experiment.scaling.parametrization
     for width in widths:
         if width in session.widths:
-            points = [at(_place(session, own, width), "seed", seed) for seed in session.seeds]
+            points = [_base_run(session, width, seed) for seed in session.seeds]
             report.wider[width] = [float(_loss(session, point, quick)["train_loss"]) for point in points]
 
 
@@ -311,11 +315,10 @@ def _last_update(last: late.LastUpdate) -> dict[str, late.Reading] | None:
 
 def _late(session: Session, report: Report, quick: bool) -> None:
     """Judge the last update of the runs with the base values, which the sweeps have trained."""
-    own = session.experiment.scaling.parametrization
     readings: dict[tuple[int, int], dict[str, late.Reading]] = {}
     for width in report.wider:
         for seed in session.seeds:
-            reading = _loss(session, at(_place(session, own, width), "seed", seed), quick)["late"]
+            reading = _loss(session, _base_run(session, width, seed), quick)["late"]
             if reading is None:
                 session.notes.append(f"the late check does not fit into memory at width {width}")
                 break
