@@ -62,6 +62,7 @@ FAMILIES = {
     ),
     "vit, class token": Family("vit", {"patch": 7, "pooling": "class"}, "images", (64, 128, 256, 512)),
     "myrtle5": Family("myrtle5", {}, "images", (32, 64, 128, 256)),
+    "myrtle5, untuned": Family("myrtle5", {}, "images", (32, 64, 128, 256)),  # not in `SETTLED`
     "resnet": Family("resnet", {"depth": 18}, "images", (32, 64, 128)),
     "resnet, 16 channels": Family("resnet", {"depth": 18}, "images", (16, 32, 64, 128)),
     "vgg19": Family("vgg19", {}, "large images", (32, 64, 128)),
