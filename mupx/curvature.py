@@ -92,6 +92,11 @@ def nothing_captured() -> UsageError:
     )
 
 
+def joined(passes: list[Tensor]) -> Tensor:
+    """Return the rows of several passes as one tensor, of a single pass as they are."""
+    return passes[0] if len(passes) == 1 else torch.cat(passes)
+
+
 @dataclass
 class FactorSums:
     """Running sums behind one layer's A and B; adding micro-batches gives the factors of the batch."""
@@ -101,6 +106,7 @@ class FactorSums:
     outputs: Tensor | None = None
     output_count: Tensor | float = 0.0
     at_once: ClassVar[int | None] = UNFOLDED  # bytes of patches laid out at a time; None: all of a pass
+    holds: ClassVar[bool] = False  # whether rows are looked at again after the pass
 
     def takes(self, rows: int) -> bool:
         """Announce the N·T rows of one more pass and return whether they are wanted; asked before unfolding.
@@ -166,6 +172,7 @@ class FactorRows(FactorSums):
     no use, and for a convolution laying them out costs more than the step.
     """
 
+    holds: ClassVar[bool] = True
     limit: int = 0
     summed: bool = True
     announced: int = 0
@@ -209,7 +216,7 @@ class FactorRows(FactorSums):
         rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]
         if not rows:
             return None
-        F = torch.cat(rows).mT
+        F = joined(rows).mT
         return F / torch.as_tensor(count, dtype=F.dtype, device=F.device).sqrt()
 
     def factor(self, side: str) -> Tensor:
@@ -229,7 +236,7 @@ class FactorRows(FactorSums):
         """
         if not (self.h and self.delta):
             return None
-        H, D = torch.cat(self.h), torch.cat(self.delta)
+        H, D = joined(self.h), joined(self.delta)
         if len(H) != len(D):
             return None
         probe = torch.cos(torch.arange(1, H.shape[1] + 1, dtype=H.dtype, device=H.device))
@@ -268,6 +275,8 @@ class EagerCapture:
         self._terms: Tensor | int | None = None
         if loss is not None and targets is not None:
             self._mask, self._terms = loss.mask(targets), loss.normaliser(targets)
+            if self._mask is not None and _all_ones(self._mask):
+                self._mask = None  # a product with it would copy every row
         self._loss_scale, self._empirical = loss_scale, empirical
         self._edges: list[tuple[str, GradientEdge]] = []
         self._handles: list[RemovableHandle] = []
@@ -302,6 +311,8 @@ class EagerCapture:
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
                 h = args[0].detach().to(layer.weight.dtype)
+                if self._sums[name].holds and not args[0].requires_grad and isinstance(module, nn.Linear):
+                    h = h.clone()  # data, whose buffer may have the next batch before the step
                 terms = h.shape[0] if self._terms is None else self._terms
                 if name not in self._counted:
                     self._counted.add(name)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mupx.linalg import damped_inverse, eigh, trace
+from mupx.linalg import damped_inverse, eigh, finite, trace
 
 SOLVERS = ("auto", "dense", "low-rank")
 SMALLEST = 512  # below, a dense inverse costs less than the calls to do anything else
@@ -85,7 +85,9 @@ class LowRank(NamedTuple):
         """Return f(M + ρ I) X for ``[d, n]``."""
         C, inside = self.columns, self.columns.mT @ X
         inside = self.inner @ inside if self.inner.ndim == 2 else self.inner[:, None] * inside
-        return torch.addmm(self.rest * X, C, inside)
+        # In place: the rows of a batch come transposed, and copying them into a new layout takes as long as
+        # a third of the product.
+        return (self.rest * X).addmm_(C, inside)
 
     @property
     def flops(self) -> int:
@@ -110,7 +112,7 @@ def averaged(old: Columns | None, new: Tensor, keep: float, weight: float) -> Co
         old = Columns(nothing, nothing[0], new.new_zeros(()), new.new_zeros(()))
     stacked = torch.cat([keep**0.5 * old.columns, weight**0.5 * new], -1)
     gram = stacked.mT @ stacked
-    if not bool(gram.isfinite().all()):
+    if not bool(finite(gram)):
         return old._replace(values=torch.full_like(old.values, torch.nan))
     values, vectors, _ = eigh(gram)
     # Below a zero head every column is zero: so are the eigenvalues, whatever stood in for the matrix.
@@ -140,7 +142,7 @@ def pays(d: int, n: int, r: int, decomposition: float) -> bool:
 
 def alone(new: Tensor) -> Spanned:
     """Return F Fᵀ for the columns F ``[d, n]`` of one batch, whose inverse is solved for in ``[n, n]``."""
-    return Spanned(new, new.mT @ new, new.new_zeros(()), new.square().sum())
+    return Spanned(new, new.mT @ new, new.new_zeros(()), torch.linalg.vector_norm(new).square())
 
 
 def alone_pays(d: int, n: int) -> bool:
@@ -235,8 +237,8 @@ def state_of(side: str, factor: Columns | Spanned, function: LowRank) -> dict[st
     A factor that is not finite keeps what the state had: only its function, zero, is returned.
     """
     state = {f"columns_{side}": factor.columns, f"gain_{side}": function.inner, f"rest_{side}": function.rest}
-    spectrum = factor.values if isinstance(factor, Columns) else factor.gram
-    if bool(spectrum.isfinite().all()):
+    whole = factor.values.isfinite().all() if isinstance(factor, Columns) else finite(factor.gram)
+    if bool(whole):
         rest = factor._asdict().items()
         state |= {f"{key}_{side}": value for key, value in rest if key != "columns"}
     return state

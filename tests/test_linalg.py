@@ -16,6 +16,7 @@ from mupx.linalg import (
     counting_repairs,
     damped_inverse,
     eigh,
+    finite,
     inverse_root,
     largest_eigenvalue,
     trace,
@@ -107,6 +108,15 @@ def test_one_bad_entry_is_enough() -> None:
     assert bool(usable(M))
     M[0, 3] = float("nan")
     assert not bool(usable(M))
+
+
+def test_finite_is_asked_of_entries_and_not_of_their_sum() -> None:
+    large = torch.full((3, 2, 2), 3e38)
+    assert bool(large.sum((-2, -1)).isinf().all())
+    assert finite(large).tolist() == [True] * 3
+    large[0, 1, 0], large[1] = float("nan"), torch.tensor([[1.0, float("inf")], [-float("inf"), 1.0]])
+    assert finite(large).tolist() == [False, False, True]
+    assert finite(torch.zeros(2, 0, 0)).tolist() == [True, True]
 
 
 def test_rounding_beyond_the_ridge_is_solved_in_double_precision() -> None:

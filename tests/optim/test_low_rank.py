@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mupx import curvature
 from mupx.curvature import FactorRows
 from mupx.linalg import add_ridge
+from mupx.losses import LOSSES
 from mupx.optim import kfac
 from mupx.optim.base import Base
 from mupx.optim.foof import FOOF
@@ -442,6 +443,39 @@ def test_the_rows_of_micro_batches_are_kept_while_they_are_few_enough_together(
         torch.testing.assert_close(thin[0].mT @ thin[1], layer.weight.grad)
     else:  # those of the last pass alone are of no use, and were not taken
         assert thin is None
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("name", ["kfac batch only", "kfac absolute", "foof absolute", "shampoo relative"])
+def test_the_data_of_a_pass_may_be_overwritten_before_the_step(
+    name: str, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FactorRows, "holds", holds)  # False: the rows are looked at where they lie
+    trained = {}
+    for reused in (False, True):
+        model, buffer = net(), torch.empty(BATCH, 6, dtype=torch.double)
+        optimizer = OPTIMIZERS[name](model, "low-rank")
+        for step in range(3):
+            optimizer.zero_grad()
+            for x, y in (batch(2 * step), batch(2 * step + 1)):
+                with optimizer.curvature(y, loss_scale=0.5):
+                    F.cross_entropy(model(buffer.copy_(x) if reused else x), y).mul(0.5).backward()
+            optimizer.step()
+        trained[reused] = model
+    assert (distance(trained[True], trained[False]) == 0.0) == holds
+
+
+def test_rows_that_all_count_are_not_copied() -> None:
+    layers = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
+    x, y = torch.randn(6, 12, generator=rng()), torch.tensor([0, 1, 2, 0, 1, 2])
+    hidden = layers[0](x)
+    ignored = y.where(y > 0, -100)
+    for targets, same in ((y, True), (ignored, False)):
+        rows = FactorRows(limit=12)
+        with curvature.EagerCapture({"1": layers[1]}, {"1": rows}, LOSSES["cross_entropy"], targets):
+            F.cross_entropy(layers[1](hidden), targets).backward(retain_graph=True)
+        assert (rows.h[0].data_ptr() == hidden.data_ptr()) == same
+        assert float(rows.input_count) == (6 if same else 4)
 
 
 @pytest.mark.parametrize("name", ["kfac absolute", "foof absolute", "shampoo relative"])
