@@ -41,6 +41,10 @@ class Split:
                 f"a split has {len(self.inputs)} inputs and {len(self.targets)} targets; "
                 "give one target for each input"
             )
+        if self.inputs.is_contiguous():
+            # The stride of an axis of length one says nothing, but with 1 for a single channel PyTorch takes
+            # images for channels-last, and then lays out a convolution's weight anew in every pass.
+            object.__setattr__(self, "inputs", self.inputs.view(-1).view(self.inputs.shape))
 
     def __len__(self) -> int:
         return len(self.targets)

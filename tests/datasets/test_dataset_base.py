@@ -69,3 +69,16 @@ def test_checksum_sees_every_pixel_label_and_the_cut() -> None:
 def test_unequal_lengths_are_refused() -> None:
     with pytest.raises(MismatchError, match="3 inputs and 2 targets"):
         Split(torch.zeros(3, 1), torch.zeros(2, dtype=torch.int64))
+
+
+def test_images_of_one_channel_are_not_taken_for_channels_last() -> None:
+    images = torch.empty_strided((5, 1, 6, 6), (36, 1, 6, 1)).normal_()
+    convolution = torch.nn.Conv2d(1, 3, 3)
+    assert not convolution(images).is_contiguous()  # what PyTorch makes of such strides
+    split = Split(images, torch.zeros(5, dtype=torch.long))
+    assert torch.equal(split.inputs, images)
+    assert split.inputs.data_ptr() == images.data_ptr()
+    assert convolution(split.inputs[torch.tensor([2, 0])]).is_contiguous()
+    chosen = torch.randn(5, 3, 6, 6).to(memory_format=torch.channels_last)
+    assert Split(chosen, split.targets).inputs.stride() == chosen.stride()
+    assert Split(images[:0], split.targets[:0]).inputs.shape == (0, 1, 6, 6)
