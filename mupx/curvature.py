@@ -37,6 +37,7 @@ from mupx.roles.axes import factorable
 
 Layer = nn.Linear | nn.Conv2d
 UNFOLDED = 2**25  # bytes of a convolution's patches laid out at a time: what a cache holds, not a batch
+SHORT_LINE = 4  # positions in a line of a feature map, below which copying line by line is slower
 
 
 def factorable_layers(model: nn.Module) -> dict[str, Layer]:
@@ -48,10 +49,27 @@ def factorable_layers(model: nn.Module) -> dict[str, Layer]:
 def input_rows(layer: nn.Module, h: Tensor) -> Tensor:
     """Lay a layer's input out as rows ``[N, T, d_in]``."""
     if isinstance(layer, nn.Conv2d):
-        left, right, top, bottom = _padding(layer)
-        padded = F.pad(h, (left, right, top, bottom))
-        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT
+        return _patches(layer, h)
     return h.reshape(h.shape[0], -1, h.shape[-1])
+
+
+def _patches(layer: nn.Conv2d, h: Tensor) -> Tensor:
+    """Lay out the patches ``[N, T, d_in]`` with one copy.
+
+    Position by position, as a row has them, what is copied lies scattered. With the positions of a patch's
+    entry side by side whole lines are copied, which is four times as fast unless lines are short.
+    """
+    left, right, top, bottom = _padding(layer)
+    windows = F.pad(h, (left, right, top, bottom))
+    for axis, (size, gap, stride) in enumerate(
+        zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    ):
+        windows = windows.unfold(2 + axis, (size - 1) * gap + 1, stride)[..., ::gap]
+    N, C, rows, columns, high, wide = windows.shape
+    d_in, T = C * high * wide, rows * columns
+    if columns < SHORT_LINE:
+        return windows.permute(0, 2, 3, 1, 4, 5).reshape(N, T, d_in)
+    return windows.permute(1, 4, 5, 0, 2, 3).reshape(d_in, N, T).permute(1, 2, 0)
 
 
 def output_rows(layer: nn.Module, delta: Tensor) -> Tensor:
