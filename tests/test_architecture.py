@@ -47,6 +47,7 @@ LEVELS = {
     "mupx.roles": 2,
     "mupx.starter": 2,
     "mupx.linalg": 2,
+    "mupx.tiles": 2,
     "mupx.update_norm": 3,
     "mupx.gradients": 2,
     "mupx.lowrank": 2,

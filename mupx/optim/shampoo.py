@@ -22,7 +22,7 @@ from mupx.blocks import BOTH, blocks_of
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, eigh, inverse_root
+from mupx.linalg import Scalar, eigh, finite, inverse_root
 from mupx.lowrank import (
     EIGH,
     SMALLEST,
@@ -65,6 +65,7 @@ from mupx.preconditioning import (
     undo_side,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
+from mupx.tiles import Tiles, in_parts, tiles_of
 
 EXPONENT = 0.25
 
@@ -212,6 +213,31 @@ class Shampoo(Divided):
         super().__setstate__(state)
         if "_model" in state:
             self._read_model()
+        for parameter, kept in self.state.items():
+            if any(f"{side}0" in kept for side in BOTH):
+                self._gather(parameter, kept)
+
+    def _gather(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Put blocks that were written one by one, as they once were, into batches."""
+        tiles = self._tiles(parameter)
+        places = [block for tile in tiles for block in tile.blocks]
+        if len(places) == len(tiles) or not any(f"{side}{len(tiles)}" in state for side in BOTH):
+            return
+        order = blocks_of(parameter.shape, self.blocks, self.sides)
+        number = {(rows.start, columns.start): index for index, (rows, columns) in enumerate(order)}
+        for name in ("L", "R", "root_L", "root_R"):
+            old = {
+                index: state.pop(f"{name}{index}")
+                for index in range(len(places))
+                if f"{name}{index}" in state
+            }
+            for index, tile in enumerate(tiles if old else ()):
+                batch = [old[number[rows.start, columns.start]] for rows, columns in tile.blocks]
+                state[f"{name}{index}"] = torch.stack(batch) if len(batch) > 1 else batch[0]
+
+    def _tiles(self, parameter: Tensor) -> tuple[Tiles, ...]:
+        rows, columns = parameter.flatten(1).shape
+        return tiles_of((rows, columns), self.blocks, self.sides)
 
     @contextmanager
     def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
@@ -278,28 +304,27 @@ class Shampoo(Divided):
             state["averaged_at"] = step
         stale = needs_refresh(state, self.refresh, self.staleness)
         thin = self._thin_gradient(parameter, matrix)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
-            self._refresh(state, index, matrix[rows, columns], thin, group, gap if new else None, stale)
+        for index, tile in enumerate(self._tiles(parameter)):
+            self._refresh(state, index, tile.cut(matrix), thin, group, gap if new else None, stale)
         if new:
             state["averages"] = averages(state) + 1
         if stale:
             state["refreshed_at"] = step
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the momentum of L^-¼ G R^-¼, block by block."""
+        """Return the momentum of L^-¼ G R^-¼, for all blocks of one shape at once."""
         state, matrix = self.state[parameter], gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         self._rows.pop(self._names.get(id(parameter), ""), None)
         self._thin.pop(id(parameter), None)
         update = matrix.new_empty(matrix.shape)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
-            block = matrix[rows, columns]
+        for index, tile in enumerate(self._tiles(parameter)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
-            d_out, d_in = block.shape
+            d_out, d_in = matrix.shape
             if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
-                update[rows, columns] = thin_update(left, *thin, right)
+                update = thin_update(left, *thin, right)
             else:
-                update[rows, columns] = times(left @ block, right)
+                tile.paste(times(left @ tile.cut(matrix), right), update)
         state["step"] = state.get("step", 0) + 1
         return self.momentum(parameter, update.view_as(gradient), group)
 
@@ -349,9 +374,9 @@ class Shampoo(Divided):
             present = [name for name in names if name in state or f"values_{name}" in state]
             factors = [factor_in(state, name) or state[name] for name in present]
             if factors and all(factor is not None for factor in factors):
-                size = max(size_of(factor).item() for factor in factors)
+                size = max(size_of(factor).max().item() for factor in factors)
                 unit = size if self.damping_rule == "relative" else 1.0
-                largest = max(trace_of(factor).item() for factor in factors)
+                largest = max(trace_of(factor).max().item() for factor in factors)
                 result[side] = Scale(size, float(group[key]) * unit, largest)
         return result
 
@@ -361,26 +386,26 @@ class Shampoo(Divided):
         for side in self.scales(parameter, group).keys() & {"L", "R"}:
             names = [f"{side}{index}" for index in range(len(state))]
             factors = [factor_in(state, name) or state.get(name) for name in names]
-            found[side] = min(least_of(factor).item() for factor in factors if factor is not None)
+            found[side] = min(least_of(factor).min().item() for factor in factors if factor is not None)
         return found
 
     def precondition(
         self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
     ) -> Tensor | None:
-        """Return P v or P⁻¹ v with the last roots, block by block."""
+        """Return P v or P⁻¹ v with the last roots."""
         if group["algorithm"] != self.algorithm:
             return super().precondition(parameter, vector, group, inverse=inverse)
         state, matrix = self.state.get(parameter, {}), vector.flatten(1)
         if "refreshed_at" not in state:
             return None
         result = torch.empty_like(matrix)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
+        for index, tile in enumerate(self._tiles(parameter)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
-            block = matrix[rows, columns]
+            blocks = tile.cut(matrix)
             if inverse:
-                result[rows, columns] = undo_side(right, undo_side(left, block).mT).mT
+                tile.paste(undo_side(right, undo_side(left, blocks).mT).mT, result)
             else:
-                result[rows, columns] = times(left @ block, right)
+                tile.paste(times(left @ blocks, right), result)
         return result.view_as(vector)
 
     def _refresh(
@@ -442,10 +467,18 @@ class Shampoo(Divided):
         factor = old if gap is None else self._average(old, block, averages(state), gap)
         if factor is None:  # nothing finite has been seen so far
             return
-        state[name] = finite_or(factor, old)
+        state[name] = finite_or(factor, old) if factor.dim() == 2 else _finite_or(factor, old)
         if stale or columns is not None:
-            relative = self.damping_rule == "relative"
-            state[f"root_{name}"], _ = inverse_root(factor, 1 / self.exponent, damping, relative)
+            state[f"root_{name}"] = self._root(factor, damping)
+
+    def _root(self, factor: Tensor, damping: Scalar) -> Tensor:
+        relative = self.damping_rule == "relative"
+        if factor.dim() == 2:
+            return inverse_root(factor, 1 / self.exponent, damping, relative)[0]
+        result = torch.empty_like(factor)
+        for part in in_parts(factor):
+            result[part], _ = inverse_root(factor[part], 1 / self.exponent, damping, relative)
+        return result
 
     def _average(self, old: Tensor | None, block: Tensor, seen: int, gap: int) -> Tensor:
         new = block @ block.mT
@@ -473,6 +506,14 @@ class RightShampoo(Shampoo):
 
     algorithm = "shampoo-right"
     exponent, sides = 0.5, "R"
+
+
+def _finite_or(new: Tensor, old: Tensor | None) -> Tensor:
+    """Return a batch with the old blocks, or zero, in the places of those that overflowed."""
+    whole = finite(new)
+    if bool(whole.all()):
+        return new
+    return torch.where(whole[:, None, None], new, torch.zeros_like(new) if old is None else old)
 
 
 def _root_in(state: dict[str, Any], name: str) -> Operator:

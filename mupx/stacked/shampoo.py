@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mupx.blocks import blocks_of
 from mupx.linalg import inverse_root
 from mupx.optim.base import Base, running_average
 from mupx.optim.shampoo import Shampoo
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics
 from mupx.stacked.base import Factors, Group, Stacked
+from mupx.tiles import tiles_of
 
 
 class StackedShampoo(Stacked):
-    """Shampoo and its variants, block by block."""
+    """Shampoo and its variants, all blocks of one shape at once."""
 
     shell: Shampoo
 
@@ -40,14 +40,14 @@ class StackedShampoo(Stacked):
         """Return the momentum of L^-e G R^-e."""
         matrix, shell = gradient.flatten(2), self.shell
         update = torch.empty_like(matrix)
-        cuts = blocks_of(matrix.shape[1:], shell.blocks, shell.sides)
-        for index, (rows, columns) in enumerate(cuts):
-            block = product = matrix[:, rows, columns]
+        _, rows, columns = matrix.shape
+        for index, tile in enumerate(tiles_of((rows, columns), shell.blocks, shell.sides)):
+            block = product = tile.cut(matrix)
             if "L" in shell.sides:
                 product = self._root(name, f"L{index}", block, group["damping_B"]) @ product
             if "R" in shell.sides:
                 product = product @ self._root(name, f"R{index}", block.mT, group["damping_A"])
-            update[:, rows, columns] = product
+            tile.paste(product, update)
         return self.momentum(name, update.view_as(gradient), group)
 
     def _root(self, name: str, side: str, block: Tensor, damping: Tensor) -> Tensor:
@@ -60,5 +60,7 @@ class StackedShampoo(Stacked):
                 state[side] = running_average(old, new, shell.ema, self.seen, self.gap)
         if self.stale:
             relative = shell.damping_rule == "relative"
+            if block.dim() == 4:
+                damping = damping.unsqueeze(-1)  # of a member, for each of its blocks
             state[f"root_{side}"], _ = inverse_root(state[side], 1 / shell.exponent, damping, relative)
         return state[f"root_{side}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mupx.blocks import blocks_of
 from mupx.errors import UsageError
 from mupx.optim.shampoo import HalfShampoo, LeftShampoo, RightShampoo, Shampoo, moments, roots
 from mupx.scaling import RULES, Power
+from mupx.tiles import tiles_of
 from tests import oracles
 from tests.factories import small_mlp
 from tests.optim.own_slopes import TOLERANCE, largest_off, wrong_lr
@@ -104,6 +106,54 @@ def test_blocks_are_independent_matrices(size: int) -> None:
     for rows, columns in blocks_of(G.shape, size):
         covered[rows, columns] += 1
     assert torch.equal(covered, torch.ones_like(G))
+
+
+@pytest.mark.parametrize("kind", [Shampoo, LeftShampoo])
+def test_a_state_with_a_key_per_block_is_read(kind: type[Shampoo]) -> None:
+    def train_on(steps: range) -> None:
+        for step_ in steps:
+            weight.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(step_)).double()
+            optimizer.step()
+
+    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.double))
+    optimizer = kind([weight], blocks=2, refresh=4, staleness=1.0)
+    train_on(range(3))
+    saved, start = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
+    train_on(range(3, 9))
+    wanted = weight.detach().clone()
+    tiles, state = tiles_of((5, 8), 2, kind.sides), saved["state"][0]
+    batches = {key: state.pop(key) for key in [key for key in state if key[-1].isdigit()]}
+    for number, block in enumerate(blocks_of((5, 8), 2, kind.sides)):
+        index, tile = next((i, tile) for i, tile in enumerate(tiles) if block in tile.blocks)
+        for name in [key[:-1] for key in batches if key.endswith(str(index))]:
+            batch = batches[f"{name}{index}"]
+            state[f"{name}{number}"] = batch[tile.blocks.index(block)] if batch.dim() == 3 else batch
+    assert len(state) > len(batches)  # or it would not be another form
+    with torch.no_grad():
+        weight.copy_(start)
+    optimizer = kind([weight], blocks=2, refresh=4, staleness=1.0)
+    optimizer.load_state_dict(saved)
+    train_on(range(3, 9))
+    assert torch.equal(weight, wanted)
+
+
+@pytest.mark.parametrize("bytes_", [1, 2**25])
+def test_blocks_that_overflow_are_left_out_alone(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupx.tiles.AT_ONCE", bytes_)
+    weights, gradients = {}, torch.randn(3, 4, 4)
+    for spoilt in (False, True):
+        weight = nn.Parameter(torch.zeros(4, 4))
+        optimizer = Shampoo([weight], lr=1.0, blocks=2)
+        for G in gradients:
+            weight.grad = G.clone()
+            if spoilt:
+                weight.grad[:2, 2:] = 1e25
+            optimizer.step()
+        weights[spoilt] = weight.detach()
+    same = torch.ones(4, 4, dtype=torch.bool)
+    same[:2, 2:] = False
+    assert torch.equal(weights[True][same], weights[False][same])
+    assert not weights[True][~same].any()
 
 
 VARIANTS = {"shampoo-half": HalfShampoo, "shampoo-left": LeftShampoo, "shampoo-right": RightShampoo}

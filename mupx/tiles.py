@@ -1,0 +1,102 @@
+"""The blocks of a matrix in batches of equal shape, so that one call treats a batch.
+
+:func:`mupx.blocks.cuts` makes parts that are equal to within one entry: a side has at most two lengths of
+them, a matrix at most four shapes of blocks, however many blocks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mupx.blocks import BOTH, Block, cuts
+
+AT_ONCE = 2**25  # bytes of blocks that are decomposed in one call: their workspace is a few times as large
+
+
+class Tiles(NamedTuple):
+    """The blocks of one shape ``[r, c]``, row by row.
+
+    Attributes:
+        rows: The parts of the rows.
+        columns: The parts of the columns; a block is where one of each meet.
+    """
+
+    rows: tuple[slice, ...]
+    columns: tuple[slice, ...]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in the order that :meth:`cut` has them in."""
+        return [(rows, columns) for rows in self.rows for columns in self.columns]
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """Return the blocks of ``[..., m, n]`` as ``[..., count, r, c]``, a single one as ``[..., r, c]``."""
+        chosen = _chosen(_chosen(matrix, -2, self.rows), -1, self.columns)
+        down, across = len(self.rows), len(self.columns)
+        if down == across == 1:
+            return chosen
+        grid: Tensor = chosen.unflatten(-2, (down, -1)).unflatten(-1, (across, -1))
+        return grid.transpose(-3, -2).flatten(-4, -3)
+
+    def paste(self, blocks: Tensor, matrix: Tensor) -> None:
+        """Write the blocks, as :meth:`cut` returns them, to their places in ``[..., m, n]``."""
+        down, across = len(self.rows), len(self.columns)
+        if down * across > 1:
+            blocks = blocks.unflatten(-3, (down, across)).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+        rows, columns = _run(self.rows), _run(self.columns)
+        if isinstance(rows, slice) and isinstance(columns, slice):
+            matrix[..., rows, columns] = blocks
+        else:
+            matrix[..., _numbers(self.rows, matrix)[:, None], _numbers(self.columns, matrix)] = blocks
+
+
+@lru_cache(maxsize=1024)
+def tiles_of(shape: tuple[int, int], size: int, sides: str = BOTH) -> tuple[Tiles, ...]:
+    """Return the blocks of :func:`mupx.blocks.blocks_of` by their shape, that of the first block first.
+
+    Args:
+        shape: (m, n) of the matrix.
+        size: Longest edge of a block; 0 means one block.
+        sides: The sides that are cut.
+    """
+    rows, columns = (
+        _by_length(cuts(length, size if side in sides else 0))
+        for side, length in zip(BOTH, shape, strict=True)
+    )
+    return tuple(Tiles(part, other) for part in rows for other in columns)
+
+
+def in_parts(batch: Tensor) -> Iterator[slice]:
+    """Yield the parts of a batch ``[count, r, c]`` that are to be decomposed in one call."""
+    step = max(1, AT_ONCE // max(1, batch[0].numel() * batch.element_size()))
+    return (slice(start, start + step) for start in range(0, len(batch), step))
+
+
+def _by_length(parts: list[slice]) -> list[tuple[slice, ...]]:
+    found: dict[int, list[slice]] = {}
+    for part in parts:
+        found.setdefault(part.stop - part.start, []).append(part)
+    return [tuple(each) for each in found.values()]
+
+
+def _chosen(matrix: Tensor, axis: int, parts: tuple[slice, ...]) -> Tensor:
+    run = _run(parts)
+    if run is None:
+        return matrix.index_select(axis, _numbers(parts, matrix))
+    return matrix.narrow(axis, run.start, run.stop - run.start)
+
+
+def _run(parts: tuple[slice, ...]) -> slice | None:
+    """Return parts that follow one another as one, else None."""
+    together = all(one.stop == other.start for one, other in pairwise(parts))
+    return slice(parts[0].start, parts[-1].stop) if together else None
+
+
+def _numbers(parts: tuple[slice, ...], like: Tensor) -> Tensor:
+    return torch.cat([torch.arange(part.start, part.stop, device=like.device) for part in parts])
