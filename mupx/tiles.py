@@ -6,10 +6,10 @@ them, a matrix at most four shapes of blocks, however many blocks there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,10 +72,33 @@ def tiles_of(shape: tuple[int, int], size: int, sides: str = BOTH) -> tuple[Tile
     return tuple(Tiles(part, other) for part in rows for other in columns)
 
 
-def in_parts(batch: Tensor) -> Iterator[slice]:
-    """Yield the parts of a batch ``[count, r, c]`` that are to be decomposed in one call."""
-    step = max(1, AT_ONCE // max(1, batch[0].numel() * batch.element_size()))
-    return (slice(start, start + step) for start in range(0, len(batch), step))
+def gather(state: dict[str, Any], names: Sequence[str], tiles: Sequence[Tiles]) -> None:
+    """Put blocks that a state holds one by one, as it once did, into batches.
+
+    Args:
+        state: Holds tensors by name and number of the block, such as ``L0``; then by number of the batch.
+        names: The names.
+        tiles: All blocks.
+    """
+    blocks = [(rows.start, columns.start) for tile in tiles for rows, columns in tile.blocks]
+    if len(blocks) == len(tiles) or not any(f"{name}{len(tiles)}" in state for name in names):
+        return
+    number = {block: index for index, block in enumerate(sorted(blocks))}
+    for name in names:
+        keys = [f"{name}{index}" for index in range(len(blocks))]
+        old = [state.pop(key) for key in keys if key in state]
+        for index, tile in enumerate(tiles if old else ()):
+            batch = [old[number[rows.start, columns.start]] for rows, columns in tile.blocks]
+            state[f"{name}{index}"] = torch.stack(batch) if len(batch) > 1 else batch[0]
+
+
+def in_parts(factor: Tensor) -> Iterator[slice]:
+    """Yield the parts of a batch ``[count, d, d]`` to decompose in one call; all of a single ``[d, d]``."""
+    if factor.dim() == 2:
+        yield slice(None)
+        return
+    step = max(1, AT_ONCE // max(1, factor[0].numel() * factor.element_size()))
+    yield from (slice(start, start + step) for start in range(0, len(factor), step))
 
 
 def _by_length(parts: list[slice]) -> list[tuple[slice, ...]]:

@@ -47,3 +47,4 @@ def test_a_batch_is_decomposed_in_parts(bytes_: int, parts: int, monkeypatch: py
     found = list(in_parts(batch))
     assert len(found) == parts
     assert torch.equal(torch.cat([batch[part] for part in found]), batch)
+    assert [batch[0][part].shape for part in in_parts(batch[0])] == [(2, 3)]

@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo  # as torch.optim: imports the compil
 
 from mupx.errors import UsageError
 from mupx.gradients import all_finite, name_in, require_dense, require_real
-from mupx.linalg import Scalar, counting_repairs, over
+from mupx.linalg import Scalar, counting_repairs, finite, over
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
@@ -376,9 +376,17 @@ def running_average(old: Tensor | None, new: Tensor, ema: float, seen: int, gap:
 
 
 def finite_or(new: Tensor, old: Tensor | None) -> Tensor | None:
-    """Return ``new``, or ``old`` where an overflow would otherwise stay in a running statistic for ever."""
-    low, high = new.aminmax()
-    return new if bool(low.isfinite() & high.isfinite()) else old
+    """Return ``new``, or ``old`` where an overflow would otherwise stay in a running statistic for ever.
+
+    Of a batch ``[count, d, d]`` each member is kept or replaced, by zero if there is no old one.
+    """
+    if new.dim() < 3:
+        low, high = new.aminmax()
+        return new if bool(low.isfinite() & high.isfinite()) else old
+    whole = finite(new)
+    if bool(whole.all()):
+        return new
+    return torch.where(whole[..., None, None], new, torch.zeros_like(new) if old is None else old)
 
 
 def sort_groups(

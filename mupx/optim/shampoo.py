@@ -22,7 +22,7 @@ from mupx.blocks import BOTH, blocks_of
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, eigh, finite, inverse_root
+from mupx.linalg import Scalar, eigh, inverse_root
 from mupx.lowrank import (
     EIGH,
     SMALLEST,
@@ -65,7 +65,7 @@ from mupx.preconditioning import (
     undo_side,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
-from mupx.tiles import Tiles, in_parts, tiles_of
+from mupx.tiles import Tiles, gather, in_parts, tiles_of
 
 EXPONENT = 0.25
 
@@ -215,25 +215,7 @@ class Shampoo(Divided):
             self._read_model()
         for parameter, kept in self.state.items():
             if any(f"{side}0" in kept for side in BOTH):
-                self._gather(parameter, kept)
-
-    def _gather(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Put blocks that were written one by one, as they once were, into batches."""
-        tiles = self._tiles(parameter)
-        places = [block for tile in tiles for block in tile.blocks]
-        if len(places) == len(tiles) or not any(f"{side}{len(tiles)}" in state for side in BOTH):
-            return
-        order = blocks_of(parameter.shape, self.blocks, self.sides)
-        number = {(rows.start, columns.start): index for index, (rows, columns) in enumerate(order)}
-        for name in ("L", "R", "root_L", "root_R"):
-            old = {
-                index: state.pop(f"{name}{index}")
-                for index in range(len(places))
-                if f"{name}{index}" in state
-            }
-            for index, tile in enumerate(tiles if old else ()):
-                batch = [old[number[rows.start, columns.start]] for rows, columns in tile.blocks]
-                state[f"{name}{index}"] = torch.stack(batch) if len(batch) > 1 else batch[0]
+                gather(kept, ("L", "R", "root_L", "root_R"), self._tiles(parameter))
 
     def _tiles(self, parameter: Tensor) -> tuple[Tiles, ...]:
         rows, columns = parameter.flatten(1).shape
@@ -467,15 +449,12 @@ class Shampoo(Divided):
         factor = old if gap is None else self._average(old, block, averages(state), gap)
         if factor is None:  # nothing finite has been seen so far
             return
-        state[name] = finite_or(factor, old) if factor.dim() == 2 else _finite_or(factor, old)
+        state[name] = finite_or(factor, old)
         if stale or columns is not None:
             state[f"root_{name}"] = self._root(factor, damping)
 
     def _root(self, factor: Tensor, damping: Scalar) -> Tensor:
-        relative = self.damping_rule == "relative"
-        if factor.dim() == 2:
-            return inverse_root(factor, 1 / self.exponent, damping, relative)[0]
-        result = torch.empty_like(factor)
+        relative, result = self.damping_rule == "relative", torch.empty_like(factor)
         for part in in_parts(factor):
             result[part], _ = inverse_root(factor[part], 1 / self.exponent, damping, relative)
         return result
@@ -506,14 +485,6 @@ class RightShampoo(Shampoo):
 
     algorithm = "shampoo-right"
     exponent, sides = 0.5, "R"
-
-
-def _finite_or(new: Tensor, old: Tensor | None) -> Tensor:
-    """Return a batch with the old blocks, or zero, in the places of those that overflowed."""
-    whole = finite(new)
-    if bool(whole.all()):
-        return new
-    return torch.where(whole[:, None, None], new, torch.zeros_like(new) if old is None else old)
 
 
 def _root_in(state: dict[str, Any], name: str) -> Operator:

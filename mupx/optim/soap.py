@@ -32,6 +32,7 @@ from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Groups, Scale, adam_direction, finite_or, sort_groups
 from mupx.optim.divided import Divided
 from mupx.refresh import Refresh, refresh_interval, require_refresh
+from mupx.tiles import Tiles, gather, in_parts, tiles_of
 
 
 def rotate(matrix: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
@@ -201,10 +202,21 @@ class SOAP(Divided):
 
     def _blockwise(self, turn: Callable[..., Tensor], state: dict[str, Any], matrix: Tensor) -> Tensor:
         result = torch.empty_like(matrix)
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
+        for index, tile in enumerate(self._tiles(matrix)):
             bases = (state.get(f"Q_{side}{index}") for side in "LR")
-            result[rows, columns] = turn(matrix[rows, columns], *bases)
+            tile.paste(turn(tile.cut(matrix), *bases), result)
         return result
+
+    def _tiles(self, parameter: Tensor) -> tuple[Tiles, ...]:
+        rows, columns = parameter.flatten(1).shape
+        return tiles_of((rows, columns), self.blocks, self.sides)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, also one with a key for each block."""
+        super().__setstate__(state)
+        for parameter, kept in self.state.items():
+            if any(f"{side}0" in kept for side in BOTH):
+                gather(kept, ("L", "R", "Q_L", "Q_R"), self._tiles(parameter))
 
     def _observe(self, state: dict[str, Any], matrix: Tensor, first: bool) -> None:
         """Take a gradient into L and R, and let the bases follow when that is due."""
@@ -212,19 +224,28 @@ class SOAP(Divided):
         if due:
             state["refreshed_at"] = state["step"]
             mean = self._blockwise(rotate_back, state, state["exp_avg"])
-        for index, (rows, columns) in enumerate(blocks_of(matrix.shape, self.blocks, self.sides)):
-            block = matrix[rows, columns]
-            for side, oriented in (("L", block), ("R", block.mT)):
-                if side not in self.sides or 0 < self.max_precond_dim < len(oriented):
+        for index, tile in enumerate(self._tiles(matrix)):
+            blocks = tile.cut(matrix)
+            for side, oriented in (("L", blocks), ("R", blocks.mT)):
+                if side not in self.sides or 0 < self.max_precond_dim < oriented.shape[-2]:
                     continue
                 name = f"{side}{index}"
                 factor = state[name] = _averaged(state.get(name), oriented @ oriented.mT, self.ema)
-                if first:
-                    state[f"Q_{name}"] = eigenbasis(factor)
-                elif due:
-                    state[f"Q_{name}"], order = followed(factor, state[f"Q_{name}"])
-                    square = state["exp_avg_sq"][rows, columns]
-                    state["exp_avg_sq"][rows, columns] = square.index_select("LR".index(side), order)
+                if not (first or due):
+                    continue
+                basis = torch.empty_like(factor)
+                order = torch.empty(factor.shape[:-1], dtype=torch.long, device=factor.device)
+                for part in in_parts(factor):
+                    if first:
+                        basis[part] = eigenbasis(factor[part])
+                    else:
+                        basis[part], order[part] = followed(factor[part], state[f"Q_{name}"][part])
+                state[f"Q_{name}"] = basis
+                if due:
+                    square = tile.cut(state["exp_avg_sq"])
+                    along = order[..., :, None] if side == "L" else order[..., None, :]
+                    turned = square.gather(-2 if side == "L" else -1, along.expand(square.shape))
+                    tile.paste(turned, state["exp_avg_sq"])
         if due:
             state["exp_avg"] = self._blockwise(rotate, state, mean)
 
@@ -248,12 +269,12 @@ class SOAP(Divided):
             factors = [value for key, value in state.items() if key[0] == side and key[1:].isdigit()]
             if factors:
                 sizes, traces = (
-                    max(f(factor).item() for factor in factors) for f in (largest_eigenvalue, trace)
+                    max(f(factor).max().item() for factor in factors) for f in (largest_eigenvalue, trace)
                 )
                 result[side] = Scale(sizes, None, traces)
         squares = state["exp_avg_sq"]
-        largest = [squares[block].max().item() for block in blocks_of(squares.shape, self.blocks, self.sides)]
-        square = sum(largest) / len(largest) / (1 - group["betas"][1] ** state["step"])
+        largest = [tile.cut(squares).amax((-2, -1)).flatten() for tile in self._tiles(squares)]
+        square = torch.cat(largest).mean().item() / (1 - group["betas"][1] ** state["step"])
         result["w" if self.sides == BOTH else f"w{self.sides}"] = Scale(
             math.sqrt(square), float(group["eps"])
         )

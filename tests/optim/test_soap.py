@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from mupx.linalg import largest_eigenvalue
 from mupx.optim import OPTIMIZERS
 from mupx.optim.soap import SOAP, LeftSOAP, RightSOAP, eigenbasis, followed, rotate, rotate_back
 from mupx.scaling import RULES, Power
+from mupx.tiles import tiles_of
 from tests import oracles
 from tests.factories import small_mlp
 from tests.optim.own_slopes import TOLERANCE, largest_off, wrong_lr
@@ -117,11 +119,13 @@ def test_a_growing_side_beyond_the_limit_is_another_algorithm_and_refused() -> N
 
 
 @pytest.mark.parametrize("kind", [SOAP, LeftSOAP, RightSOAP])
-def test_blocks_are_independent_matrices(kind: type[SOAP]) -> None:
+def test_blocks_are_independent_matrices(kind: type[SOAP], monkeypatch: pytest.MonkeyPatch) -> None:
     given = gradients(6, (5, 7))
     whole = path(given, kind, blocks=3, refresh=2)
     parts = list(blocks_of((5, 7), 3, kind.sides))
     assert len(parts) == {"LR": 6, "L": 2, "R": 3}[kind.sides]
+    monkeypatch.setattr("mupx.tiles.AT_ONCE", 1)
+    assert distance(path(given, kind, blocks=3, refresh=2), whole) == 0.0  # block by block
     for rows, columns in parts:
         alone = path([G[rows, columns] for G in given], kind, refresh=2)
         # Null directions of a block that lacks rank are fixed by rounding alone.
@@ -200,8 +204,9 @@ def test_scales_are_those_of_the_statistics(blocks: int) -> None:
         largest = torch.stack([v_hat[block].max() for block in blocks_of(weight.shape, blocks)])
         assert scales["w"][:2] == pytest.approx((float(largest.mean().sqrt()), 1e-6))
         for side in "LR":
-            factors = [state[f"{side}{i}"] for i in range(len(list(blocks_of(weight.shape, blocks))))]
-            assert scales[side].size == pytest.approx(max(float(largest_eigenvalue(f)) for f in factors))
+            factors = [state[f"{side}{i}"] for i in range(len(tiles_of(weight.flatten(1).shape, blocks)))]
+            largest = max(float(largest_eigenvalue(f).max()) for f in factors)
+            assert scales[side].size == pytest.approx(largest)
             assert scales[side].ridge is None
     assert set(optimizer.scales(fallback["params"][0], fallback)) == {"v"}
 
@@ -253,3 +258,29 @@ def test_one_side_is_rotated_only_of_what_has_its_output_side_first(name: str, t
     treated = {n: group["algorithm"] == name for group in groups for n, _ in group["params"]}
     weights = {n: own for n, own in treated.items() if n.endswith("weight")}
     assert weights == {"table.weight": turned, "up.weight": turned, "head.weight": True}
+
+
+def test_a_state_with_a_key_per_block_is_read() -> None:
+    def train_on(steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).double()
+            optimizer.step()
+
+    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.double))
+    optimizer = SOAP([weight], blocks=2, refresh=2)
+    train_on(range(3))
+    saved, start = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
+    train_on(range(3, 9))
+    wanted = weight.detach().clone()
+    tiles, state = tiles_of((5, 8), 2), saved["state"][0]
+    batches = {key: state.pop(key) for key in [key for key in state if key[-1].isdigit()]}
+    for number, block in enumerate(blocks_of((5, 8), 2)):
+        index, tile = next((i, tile) for i, tile in enumerate(tiles) if block in tile.blocks)
+        for name in ("L", "R", "Q_L", "Q_R"):
+            state[f"{name}{number}"] = batches[f"{name}{index}"][tile.blocks.index(block)]
+    with torch.no_grad():
+        weight.copy_(start)
+    optimizer = SOAP([weight], blocks=2, refresh=2)
+    optimizer.load_state_dict(saved)
+    train_on(range(3, 9))
+    assert torch.equal(weight, wanted)
