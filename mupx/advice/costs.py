@@ -13,15 +13,17 @@ noise, as many batches stay as the average's window holds. benchmarks/cost_model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 from mupx import sketch
 from mupx.advice.rates import Op, Work, elementwise, factorised, gemm, solve
+from mupx.blocks import BOTH, cuts
 from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays, stands_alone
 from mupx.preconditioning import prefers_cholesky, thin_pays
+from mupx.tiles import AT_ONCE
 
 LARGEST = 6 / math.pi**2  # share of the trace that the first of the eigenvalues i⁻² has
 NEWTON_SCHULZ = 5  # iterations of Muon
@@ -179,19 +181,48 @@ def muon(shape: Shape, setting: Setting) -> Cost:
 
 def soap(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     """Return SOAP's cost (arXiv:2409.11321): Adam in the eigenbases of L and R, which QR follows."""
-    d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
-    plain = adamw(shape, setting)
-    edges = [d for side, d in (("L", d_out), ("R", d_in)) if side in sides]
-    step, refresh = list(plain.step), list[Op]()
+    plain, size = adamw(shape, setting), setting.itemsize
+    one, count = _block(shape, setting, sides)
+    edges = [d for side, d in (("L", one.d_out), ("R", one.d_in)) if side in sides]
+    step, refresh = list[Op](), list[Op]()
     for d in edges:
-        step += [gemm(d_out, d_in, d, 2), gemm(d, d, shape.numel / d), *elementwise(3.0 * d**2 * size)]
-        refresh += [gemm(d, d, d), gemm(d_out, d_in, d, 2), factorised("qr", d)]
+        step += [gemm(one.d_out, one.d_in, d, 2), gemm(d, d, one.numel / d), *elementwise(3.0 * d**2 * size)]
+        refresh += [gemm(d, d, d), gemm(one.d_out, one.d_in, d, 2), factorised("qr", d)]
     return Cost(
-        step=tuple(step),
-        refresh=tuple(refresh),
-        state=plain.state + 2.0 * sum(d**2 for d in edges) * size,
-        workspace=plain.workspace + size * (3.0 * max(edges) ** 2 + 2 * shape.numel),
+        step=(*plain.step, *_batched(step, count)),
+        refresh=_batched(refresh, count),
+        state=plain.state + 2.0 * sum(d**2 for d in edges) * size * count,
+        workspace=plain.workspace + size * (_together(3.0, max(edges), count, size) + 2 * shape.numel),
     )
+
+
+def _block(shape: Shape, setting: Setting, sides: str) -> tuple[Shape, int]:
+    """Return one preconditioner block, without rows unless it is the whole, and how many there are."""
+    pairs = zip(BOTH, (shape.d_out, shape.d_in), strict=True)
+    rows, columns = (len(cuts(length, setting.blocks if side in sides else 0)) for side, length in pairs)
+    d_out, d_in = -(-shape.d_out // rows), -(-shape.d_in // columns)
+    return replace(shape, d_out=d_out, d_in=d_in, n=shape.n if rows * columns == 1 else 0), rows * columns
+
+
+def _batched(work: Sequence[Op], count: int) -> Work:
+    """Return the work on so many blocks in calls for all of them at once."""
+    grown = []
+    for op in work:
+        if op.kind == "gemm":  # its rate is that of the smallest dimension
+            *small, large = sorted(op.sizes)
+            op = op._replace(sizes=(*small, large * count))
+        elif op.kind in ("stream", "allocate"):
+            op = op._replace(sizes=(op.sizes[0] * count,))
+        elif op.kind != "call":
+            op = op._replace(times=op.times * count)
+        grown.append(op)
+    return tuple(grown)
+
+
+def _together(squares: float, d: int, count: int, itemsize: int) -> float:
+    """Return the numbers alive beside the state, ``squares`` matrices ``[d, d]`` for each block in work."""
+    at_once = min(count, max(1, AT_ONCE // (d**2 * itemsize)))
+    return d**2 * (squares * at_once + (count if count > 1 else 0))  # new statistics are made of all at once
 
 
 def psgd(shape: Shape, setting: Setting) -> Cost:
@@ -271,16 +302,9 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
 
 
 def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
-    """Return Shampoo's cost, block by block (arXiv:1802.09568); a side left out has no factor."""
+    """Return Shampoo's cost (arXiv:1802.09568), of all its blocks; a side left out has no factor."""
     plain = descent(shape, setting)
-    edge = setting.blocks or max(shape.d_out, shape.d_in)
-    rows, columns = math.ceil(shape.d_out / edge), math.ceil(shape.d_in / edge)
-    one = replace(
-        shape,
-        d_out=-(-shape.d_out // rows),
-        d_in=-(-shape.d_in // columns),
-        n=shape.n if rows * columns == 1 else 0,
-    )
+    one, count = _block(shape, setting, sides)
     n, longest = one.n, max(one.d_out, one.d_in)
     # Rows are captured before their number is known; too many are dropped.
     watched = shape.n > 0 and setting.solver != "dense"
@@ -293,17 +317,19 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
         kept = _kept_columns("L", d, n, setting) if thin else None
         pair.append(_side(d, other if kept is None else n, kept, "root", False, setting))
     moments = (factorised("eigh", n, 2), gemm(n, n, one.d_in, 2), gemm(n, n, one.d_out, 2)) if thin else ()
-    count, size = rows * columns, setting.itemsize
+    size = setting.itemsize
     work = (
         *_applied(one, pair, n if thin else 0),
         *elementwise(2.0 * one.numel * size, one.numel * size, 10),
     )
     refresh = (*moments, *(op for side in pair for op in side.refresh))
+    largest = max(pair, key=lambda side: side.workspace)
+    workspace = _together(largest.workspace / largest.d**2, largest.d, count, size)
     return Cost(
-        step=(*plain.step, *(_capture(shape, size) if watched else ()), *_repeated(work, count)),
-        refresh=_repeated(refresh, count),
+        step=(*plain.step, *(_capture(shape, size) if watched else ()), *_batched(work, count)),
+        refresh=_batched(refresh, count),
         state=plain.state + size * count * sum(side.state for side in pair),
-        workspace=plain.workspace + size * (max(side.workspace for side in pair) + 2 * one.numel),
+        workspace=plain.workspace + size * (workspace + 2 * shape.numel),
         captured=size * n * (one.d_in * (one.positions > 1) + one.d_out) if thin else 0.0,
     )
 

@@ -148,6 +148,20 @@ def test_blocks_make_shampoo_cheaper():
     )  # 16 blocks of two [512, 512] and their roots
 
 
+@pytest.mark.parametrize(("name", "count"), [("shampoo", 64), ("soap", 64), ("soap-left", 8)])
+def test_blocks_are_worked_on_together(name, count):
+    settings = [Setting(solver="dense", damping_rule="relative", blocks=b) for b in (1024, 256)]
+    few, many = (COSTS[name].cost(WIDE, setting) for setting in settings)
+    for work in ("step", "refresh"):
+        calls = [sum(op.times for op in getattr(cost, work) if op.kind == "call") for cost in (few, many)]
+        assert calls[0] == calls[1]
+    decompositions = sum(op.times for op in many.refresh if op.kind in ("eigh", "qr"))
+    assert decompositions == count * (1 if name == "soap-left" else 2)
+    assert seconds(many.refresh) < seconds(few.refresh)
+    # One side alone is cut: its factors get smaller with the number of their parts, not with its square.
+    assert (many.state < few.state) == (name == "soap-left")
+
+
 @pytest.mark.parametrize("name", sorted(COSTS))
 @pytest.mark.parametrize("kind", ["linear", "linear.bias", "embedding", "norm"])
 def test_every_declared_cost_is_finite_and_grows_with_the_shape(name, kind):
