@@ -231,7 +231,7 @@ def test_condition_numbers_are_those_of_the_damped_factors(form: str) -> None:
         dense = [state[symbol]] if symbol in state else blocks
         if not dense:
             dense = [state[f"columns_{symbol}"] @ state[f"columns_{symbol}"].mT]
-        eigenvalues = torch.cat([torch.linalg.eigvalsh(M) for M in dense]).clamp_min(0)
+        eigenvalues = torch.cat([torch.linalg.eigvalsh(M).flatten() for M in dense]).clamp_min(0)
         assert found[symbol]["lambda_max"] == pytest.approx(float(eigenvalues.max()), rel=1e-4)
         rho = scales[symbol].ridge
         if rho is None:
