@@ -31,6 +31,12 @@ class Tiles(NamedTuple):
     columns: tuple[slice, ...]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(r, c) of a block."""
+        row, column = self.rows[0], self.columns[0]
+        return row.stop - row.start, column.stop - column.start
+
+    @property
     def blocks(self) -> list[Block]:
         """The blocks in the order that :meth:`cut` has them in."""
         return [(rows, columns) for rows in self.rows for columns in self.columns]

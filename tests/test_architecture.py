@@ -107,6 +107,7 @@ TABLES = {"mupx.optim", "mupx.models", "mupx.datasets"}
 BASES = {
     "mupx.optim",
     "mupx.optim.base",
+    "mupx.optim.blockwise",
     "mupx.optim.divided",
     "mupx.optim.captured",
     "mupx.optim.kronecker",

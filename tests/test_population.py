@@ -139,6 +139,14 @@ def test_a_population_equals_separate_runs(data: Dataset, case: str) -> None:
     assert not torch.allclose(first, second, rtol=1e-3)  # members that are all alike would prove nothing
 
 
+@pytest.mark.parametrize("case", ["shampoo", "shampoo-blocks"])
+def test_large_factors_are_decomposed_in_parts(
+    data: Dataset, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mupx.tiles.AT_ONCE", 2 * 6 * 6 * 8)  # less than the blocks of one member
+    assert_equal_over(members(**CASES[case]), data)
+
+
 @pytest.mark.parametrize("case", ["sgd", "adamw", "kfac-trace", "kfac-exact", "shampoo"])
 def test_a_population_of_one_equals_the_ordinary_loop(data: Dataset, case: str) -> None:
     assert_equal_over(members(1, **CASES[case]), data)

@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mupx.blocks import BOTH, blocks_of
+from mupx.blocks import BOTH
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
-from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, inverse_root
 from mupx.lowrank import (
@@ -52,7 +51,8 @@ from mupx.optim.base import (
     sort_groups,
     split_ridge,
 )
-from mupx.optim.divided import Divided, interval_of
+from mupx.optim.blockwise import Blockwise
+from mupx.optim.divided import interval_of
 from mupx.preconditioning import (
     Identity,
     Operator,
@@ -65,7 +65,7 @@ from mupx.preconditioning import (
     undo_side,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
-from mupx.tiles import Tiles, gather, in_parts, tiles_of
+from mupx.tiles import in_parts
 
 EXPONENT = 0.25
 
@@ -96,7 +96,7 @@ def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str)
     return root_L, root_R
 
 
-class Shampoo(Divided):
+class Shampoo(Blockwise):
     """Shampoo with exponent ¼ on each side; the variants below it differ in exponent or sides alone.
 
     Width rule (arXiv:2312.12226; 2512.05620): lr × (r_out/r_in)^½ · n_blocks^-½; an absolute ridge ×
@@ -134,7 +134,7 @@ class Shampoo(Divided):
 
     algorithm = "shampoo"
     exponent: ClassVar[float] = EXPONENT
-    sides: ClassVar[str] = BOTH
+    of_blocks = ("L", "R", "root_L", "root_R")
     solver_keys = re.compile(r"(root|columns|gain|rest)_[LR]\d+")
     statistics_keys = re.compile(r"[LR]\d+|(values|dropped|trace)_[LR]\d+")
     kept = (
@@ -213,13 +213,6 @@ class Shampoo(Divided):
         super().__setstate__(state)
         if "_model" in state:
             self._read_model()
-        for parameter, kept in self.state.items():
-            if any(f"{side}0" in kept for side in BOTH):
-                gather(kept, ("L", "R", "root_L", "root_R"), self._tiles(parameter))
-
-    def _tiles(self, parameter: Tensor) -> tuple[Tiles, ...]:
-        rows, columns = parameter.flatten(1).shape
-        return tiles_of((rows, columns), self.blocks, self.sides)
 
     @contextmanager
     def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
@@ -286,7 +279,7 @@ class Shampoo(Divided):
             state["averaged_at"] = step
         stale = needs_refresh(state, self.refresh, self.staleness)
         thin = self._thin_gradient(parameter, matrix)
-        for index, tile in enumerate(self._tiles(parameter)):
+        for index, tile in enumerate(self.tiles(parameter)):
             self._refresh(state, index, tile.cut(matrix), thin, group, gap if new else None, stale)
         if new:
             state["averages"] = averages(state) + 1
@@ -300,7 +293,7 @@ class Shampoo(Divided):
         self._rows.pop(self._names.get(id(parameter), ""), None)
         self._thin.pop(id(parameter), None)
         update = matrix.new_empty(matrix.shape)
-        for index, tile in enumerate(self._tiles(parameter)):
+        for index, tile in enumerate(self.tiles(parameter)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             d_out, d_in = matrix.shape
             if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
@@ -310,23 +303,14 @@ class Shampoo(Divided):
         state["step"] = state.get("step", 0) + 1
         return self.momentum(parameter, update.view_as(gradient), group)
 
-    def cost(self, parameter: Tensor) -> float:
-        """Return Σ d³ over the factors of all blocks."""
-        return sum(cubes(shape, self.sides) for shape in self._blocks(parameter))
-
     def solver_size(self, parameter: Tensor) -> int:
         """Return the entries of the roots of all blocks."""
-        sides = (
-            d**2
-            for shape in self._blocks(parameter)
-            for side, d in zip(BOTH, shape, strict=True)
+        return sum(
+            len(tile.blocks) * d**2
+            for tile in self.tiles(parameter)
+            for side, d in zip(BOTH, tile.shape, strict=True)
             if side in self.sides
         )
-        return sum(sides)
-
-    def _blocks(self, parameter: Tensor) -> list[tuple[int, int]]:
-        cuts = blocks_of(parameter.flatten(1).shape, self.blocks, self.sides)
-        return [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in cuts]
 
     @property
     def interval(self) -> int:
@@ -381,7 +365,7 @@ class Shampoo(Divided):
         if "refreshed_at" not in state:
             return None
         result = torch.empty_like(matrix)
-        for index, tile in enumerate(self._tiles(parameter)):
+        for index, tile in enumerate(self.tiles(parameter)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             blocks = tile.cut(matrix)
             if inverse:
@@ -451,13 +435,24 @@ class Shampoo(Divided):
             return
         state[name] = finite_or(factor, old)
         if stale or columns is not None:
-            state[f"root_{name}"] = self._root(factor, damping)
+            state[f"root_{name}"] = self.root(factor, damping)
 
-    def _root(self, factor: Tensor, damping: Scalar) -> Tensor:
-        relative, result = self.damping_rule == "relative", torch.empty_like(factor)
-        for part in in_parts(factor):
-            result[part], _ = inverse_root(factor[part], 1 / self.exponent, damping, relative)
-        return result
+    def root(self, factor: Tensor, damping: Scalar) -> Tensor:
+        """Return the damped inverse root of factors ``[..., d, d]``, a part of them in one call.
+
+        Args:
+            factor: Symmetric positive semi-definite.
+            damping: ρ, one for all or broadcastable against ``[...]``.
+        """
+        power, relative = 1 / self.exponent, self.damping_rule == "relative"
+        if factor.dim() == 2:
+            return inverse_root(factor, power, damping, relative)[0]
+        rho = torch.as_tensor(damping, dtype=factor.dtype, device=factor.device).expand(factor.shape[:-2])
+        every, rho = factor.flatten(0, -3), rho.flatten()
+        result = torch.empty_like(every)
+        for part in in_parts(every):
+            result[part], _ = inverse_root(every[part], power, rho[part], relative)
+        return result.view_as(factor)
 
     def _average(self, old: Tensor | None, block: Tensor, seen: int, gap: int) -> Tensor:
         new = block @ block.mT

@@ -20,19 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mupx.blocks import BOTH, blocks_of
-from mupx.distributed.assignment import cubes
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Groups, Scale, adam_direction, finite_or, sort_groups
-from mupx.optim.divided import Divided
+from mupx.optim.blockwise import Blockwise
 from mupx.refresh import Refresh, refresh_interval, require_refresh
-from mupx.tiles import Tiles, gather, in_parts, tiles_of
+from mupx.tiles import in_parts
 
 
 def rotate(matrix: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
@@ -68,7 +67,7 @@ def followed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(image.gather(-1, columns))[0], order
 
 
-class SOAP(Divided):
+class SOAP(Blockwise):
     """Adam in Shampoo's eigenbasis.
 
     Width rule (arXiv:2512.05620, 2603.00541): lr × (r_out/r_in)^½ · n_blocks^-½, eps × its counterpart
@@ -96,7 +95,7 @@ class SOAP(Divided):
     """
 
     algorithm = "soap"
-    sides: ClassVar[str] = BOTH
+    of_blocks = ("L", "R", "Q_L", "Q_R")
     kept = ("ema", "refresh", "blocks", "max_precond_dim")
 
     def __init__(
@@ -166,11 +165,6 @@ class SOAP(Divided):
                     "would not; raise max_precond_dim (0: no limit), or set blocks, from the base width on"
                 )
 
-    def cost(self, parameter: Tensor) -> float:
-        """Return Σ d³ over the rotated sides of all blocks."""
-        cuts = blocks_of(parameter.flatten(1).shape, self.blocks, self.sides)
-        return sum(cubes((r.stop - r.start, c.stop - c.start), self.sides) for r, c in cuts)
-
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Adam's direction in the eigenbasis, rotated back; zero at the first gradient."""
         state, matrix = self.state[parameter], gradient.flatten(1)
@@ -202,21 +196,10 @@ class SOAP(Divided):
 
     def _blockwise(self, turn: Callable[..., Tensor], state: dict[str, Any], matrix: Tensor) -> Tensor:
         result = torch.empty_like(matrix)
-        for index, tile in enumerate(self._tiles(matrix)):
+        for index, tile in enumerate(self.tiles(matrix)):
             bases = (state.get(f"Q_{side}{index}") for side in "LR")
             tile.paste(turn(tile.cut(matrix), *bases), result)
         return result
-
-    def _tiles(self, parameter: Tensor) -> tuple[Tiles, ...]:
-        rows, columns = parameter.flatten(1).shape
-        return tiles_of((rows, columns), self.blocks, self.sides)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state, also one with a key for each block."""
-        super().__setstate__(state)
-        for parameter, kept in self.state.items():
-            if any(f"{side}0" in kept for side in BOTH):
-                gather(kept, ("L", "R", "Q_L", "Q_R"), self._tiles(parameter))
 
     def _observe(self, state: dict[str, Any], matrix: Tensor, first: bool) -> None:
         """Take a gradient into L and R, and let the bases follow when that is due."""
@@ -224,7 +207,7 @@ class SOAP(Divided):
         if due:
             state["refreshed_at"] = state["step"]
             mean = self._blockwise(rotate_back, state, state["exp_avg"])
-        for index, tile in enumerate(self._tiles(matrix)):
+        for index, tile in enumerate(self.tiles(matrix)):
             blocks = tile.cut(matrix)
             for side, oriented in (("L", blocks), ("R", blocks.mT)):
                 if side not in self.sides or 0 < self.max_precond_dim < oriented.shape[-2]:
@@ -273,7 +256,7 @@ class SOAP(Divided):
                 )
                 result[side] = Scale(sizes, None, traces)
         squares = state["exp_avg_sq"]
-        largest = [tile.cut(squares).amax((-2, -1)).flatten() for tile in self._tiles(squares)]
+        largest = [tile.cut(squares).amax((-2, -1)).flatten() for tile in self.tiles(squares)]
         square = torch.cat(largest).mean().item() / (1 - group["betas"][1] ** state["step"])
         result["w" if self.sides == BOTH else f"w{self.sides}"] = Scale(
             math.sqrt(square), float(group["eps"])

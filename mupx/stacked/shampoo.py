@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mupx.linalg import inverse_root
 from mupx.optim.base import Base, running_average
 from mupx.optim.shampoo import Shampoo
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics
 from mupx.stacked.base import Factors, Group, Stacked
-from mupx.tiles import tiles_of
 
 
 class StackedShampoo(Stacked):
@@ -40,8 +38,7 @@ class StackedShampoo(Stacked):
         """Return the momentum of L^-e G R^-e."""
         matrix, shell = gradient.flatten(2), self.shell
         update = torch.empty_like(matrix)
-        _, rows, columns = matrix.shape
-        for index, tile in enumerate(tiles_of((rows, columns), shell.blocks, shell.sides)):
+        for index, tile in enumerate(shell.tiles(matrix[0])):
             block = product = tile.cut(matrix)
             if "L" in shell.sides:
                 product = self._root(name, f"L{index}", block, group["damping_B"]) @ product
@@ -59,8 +56,7 @@ class StackedShampoo(Stacked):
             else:
                 state[side] = running_average(old, new, shell.ema, self.seen, self.gap)
         if self.stale:
-            relative = shell.damping_rule == "relative"
             if block.dim() == 4:
                 damping = damping.unsqueeze(-1)  # of a member, for each of its blocks
-            state[f"root_{side}"], _ = inverse_root(state[side], 1 / shell.exponent, damping, relative)
+            state[f"root_{side}"] = shell.root(state[side], damping)
         return state[f"root_{side}"]

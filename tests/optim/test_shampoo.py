@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from mupx.blocks import blocks_of
 from mupx.errors import UsageError
 from mupx.optim.shampoo import HalfShampoo, LeftShampoo, RightShampoo, Shampoo, moments, roots
 from mupx.scaling import RULES, Power
-from mupx.tiles import tiles_of
 from tests import oracles
 from tests.factories import small_mlp
 from tests.optim.own_slopes import TOLERANCE, largest_off, wrong_lr
@@ -106,35 +104,6 @@ def test_blocks_are_independent_matrices(size: int) -> None:
     for rows, columns in blocks_of(G.shape, size):
         covered[rows, columns] += 1
     assert torch.equal(covered, torch.ones_like(G))
-
-
-@pytest.mark.parametrize("kind", [Shampoo, LeftShampoo])
-def test_a_state_with_a_key_per_block_is_read(kind: type[Shampoo]) -> None:
-    def train_on(steps: range) -> None:
-        for step_ in steps:
-            weight.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(step_)).double()
-            optimizer.step()
-
-    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.double))
-    optimizer = kind([weight], blocks=2, refresh=4, staleness=1.0)
-    train_on(range(3))
-    saved, start = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
-    train_on(range(3, 9))
-    wanted = weight.detach().clone()
-    tiles, state = tiles_of((5, 8), 2, kind.sides), saved["state"][0]
-    batches = {key: state.pop(key) for key in [key for key in state if key[-1].isdigit()]}
-    for number, block in enumerate(blocks_of((5, 8), 2, kind.sides)):
-        index, tile = next((i, tile) for i, tile in enumerate(tiles) if block in tile.blocks)
-        for name in [key[:-1] for key in batches if key.endswith(str(index))]:
-            batch = batches[f"{name}{index}"]
-            state[f"{name}{number}"] = batch[tile.blocks.index(block)] if batch.dim() == 3 else batch
-    assert len(state) > len(batches)  # or it would not be another form
-    with torch.no_grad():
-        weight.copy_(start)
-    optimizer = kind([weight], blocks=2, refresh=4, staleness=1.0)
-    optimizer.load_state_dict(saved)
-    train_on(range(3, 9))
-    assert torch.equal(weight, wanted)
 
 
 @pytest.mark.parametrize("bytes_", [1, 2**25])

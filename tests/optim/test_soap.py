@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -258,29 +257,3 @@ def test_one_side_is_rotated_only_of_what_has_its_output_side_first(name: str, t
     treated = {n: group["algorithm"] == name for group in groups for n, _ in group["params"]}
     weights = {n: own for n, own in treated.items() if n.endswith("weight")}
     assert weights == {"table.weight": turned, "up.weight": turned, "head.weight": True}
-
-
-def test_a_state_with_a_key_per_block_is_read() -> None:
-    def train_on(steps: range) -> None:
-        for step in steps:
-            weight.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).double()
-            optimizer.step()
-
-    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.double))
-    optimizer = SOAP([weight], blocks=2, refresh=2)
-    train_on(range(3))
-    saved, start = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
-    train_on(range(3, 9))
-    wanted = weight.detach().clone()
-    tiles, state = tiles_of((5, 8), 2), saved["state"][0]
-    batches = {key: state.pop(key) for key in [key for key in state if key[-1].isdigit()]}
-    for number, block in enumerate(blocks_of((5, 8), 2)):
-        index, tile = next((i, tile) for i, tile in enumerate(tiles) if block in tile.blocks)
-        for name in ("L", "R", "Q_L", "Q_R"):
-            state[f"{name}{number}"] = batches[f"{name}{index}"][tile.blocks.index(block)]
-    with torch.no_grad():
-        weight.copy_(start)
-    optimizer = SOAP([weight], blocks=2, refresh=2)
-    optimizer.load_state_dict(saved)
-    train_on(range(3, 9))
-    assert torch.equal(weight, wanted)
