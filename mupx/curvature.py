@@ -32,7 +32,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from mupx.errors import UsageError
+from mupx.linalg import Scalar
 from mupx.losses import Loss
+from mupx.lowrank import Thin
 from mupx.roles.axes import factorable
 
 Layer = nn.Linear | nn.Conv2d
@@ -229,12 +231,17 @@ class FactorRows(FactorSums):
                 add(each)
             rows.clear()
 
+    def unscaled(self, side: str) -> tuple[Tensor, Scalar] | None:
+        """Return a thin F ``[d, n]`` and c with F Fᵀ / c = the factor, or None where rows were summed up."""
+        rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]
+        return (joined(rows).mT, count) if rows else None
+
     def columns(self, side: str) -> Tensor | None:
         """Return a thin F ``[d, n]`` with F Fᵀ = the factor, or None where the rows were summed up."""
-        rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]
-        if not rows:
+        found = self.unscaled(side)
+        if found is None:
             return None
-        F = joined(rows).mT
+        F, count = found
         return F / torch.as_tensor(count, dtype=F.dtype, device=F.device).sqrt()
 
     def factor(self, side: str) -> Tensor:
@@ -242,8 +249,8 @@ class FactorRows(FactorSums):
         F = self.columns(side)
         return super().factor(side) if F is None else F @ F.mT
 
-    def gradient(self, actual: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return thin (D ``[n, d_out]``, H ``[n, d_in]``) with DᵀH = the weight gradient, or None.
+    def gradient(self, actual: Tensor) -> Thin | None:
+        """Return the weight gradient as a thin product, or None.
 
         The rows give the gradient of this pass's loss up to one factor. A probe c·DᵀH v = G v finds the
         factor and tells whether it is all: clipping and loss scaling pass, a gradient that was averaged
@@ -261,7 +268,8 @@ class FactorRows(FactorSums):
         wanted, found = actual @ probe, D.mT @ (H @ probe)
         factor = (wanted @ found) / (found @ found)
         error = (wanted - factor * found).norm() / wanted.norm()
-        return (D * factor, H) if bool(error < 1000 * torch.finfo(H.dtype).eps) else None
+        scale, missed = torch.stack((factor, error)).tolist()
+        return Thin(D, H, scale) if missed < 1000 * torch.finfo(H.dtype).eps else None
 
 
 class EagerCapture:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mupx.linalg import damped_inverse, eigh, finite, trace
+from mupx.linalg import damped_inverse, eigh, finite, gram, trace
 
 SOLVERS = ("auto", "dense", "low-rank")
 SMALLEST = 512  # below, a dense inverse costs less than the calls to do anything else
@@ -95,6 +95,25 @@ class LowRank(NamedTuple):
         return 4 * self.columns.numel()
 
 
+class Thin(NamedTuple):
+    """A gradient G = c Dᵀ H of n rows, not multiplied out.
+
+    Attributes:
+        D: ``[n, d_out]``.
+        H: ``[n, d_in]``.
+        factor: c.
+    """
+
+    D: Tensor
+    H: Tensor
+    factor: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return len(self.D)
+
+
 def averaged(old: Columns | None, new: Tensor, keep: float, weight: float) -> Columns:
     """Return keep · C Cᵀ + weight · F Fᵀ for new columns F, in its eigenbasis and not yet truncated.
 
@@ -142,7 +161,8 @@ def pays(d: int, n: int, r: int, decomposition: float) -> bool:
 
 def alone(new: Tensor) -> Spanned:
     """Return F Fᵀ for the columns F ``[d, n]`` of one batch, whose inverse is solved for in ``[n, n]``."""
-    return Spanned(new, new.mT @ new, new.new_zeros(()), torch.linalg.vector_norm(new).square())
+    inside = gram(new)
+    return Spanned(new, inside, new.new_zeros(()), trace(inside))
 
 
 def alone_pays(d: int, n: int) -> bool:

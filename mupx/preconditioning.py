@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mupx import lowrank
 from mupx.linalg import Scalar, damped_cholesky, damped_inverse, eigh, largest_eigenvalue, over, trace
-from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank, Spanned
+from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank, Spanned, Thin
 
 Factor = Tensor | Columns | Spanned
 Solver = dict[str, Tensor]
@@ -193,32 +193,35 @@ def times(matrix: Tensor, operator: Operator) -> Tensor:
     return matrix @ operator if isinstance(operator, Tensor) else (operator @ matrix.mT).mT
 
 
-def thin_update(left: Operator, D: Tensor, H: Tensor, right: Operator) -> Tensor:
-    """Return P G Q for a gradient G = Dᵀ H of n rows, without a product of two large matrices.
+def thin_update(left: Operator, gradient: Thin, right: Operator) -> Tensor:
+    """Return P G Q ``[d_out, d_in]`` for a thin G, without a product of two large matrices.
 
     Args:
-        left: P, acting on ``[d_out, n]``.
-        D: ``[n, d_out]``.
-        H: ``[n, d_in]``.
-        right: Q, acting on ``[d_in, n]``.
+        left: P, ``[d_out, d_out]``.
+        gradient: G.
+        right: Q, ``[d_in, d_in]``.
     """
-    return (left @ D.mT) @ times(H, right)
+    return _product(left @ gradient.D.mT, times(gradient.H, right), gradient.factor)
 
 
-def own_update(left: LowRank, D: Tensor, H: Tensor, right: LowRank) -> Tensor:
-    """Return P G Q for G = Dᵀ H, where D and H are the very rows that P and Q are the inverses of.
+def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Tensor:
+    """Return P G Q for G = c Dᵀ H, where D and H are the very rows that P and Q are the inverses of.
 
     (B + ρ_B)⁻¹ Dᵀ = Dᵀ W_B and H (A + ρ_A)⁻¹ = W_A H with W ``[n, n]``, so that of the two products with
     each side's rows that :func:`thin_update` takes only one of all four remains.
 
     Args:
         left: P, ``[d_out, d_out]``.
-        D: ``[n, d_out]``.
-        H: ``[n, d_in]``.
+        gradient: G.
         right: Q, ``[d_in, d_in]``.
     """
+    D, H, factor = gradient
     W = lowrank.on_own_columns(left) @ lowrank.on_own_columns(right)
-    return (D.mT @ W) @ H if D.shape[1] < H.shape[1] else D.mT @ (W @ H)
+    return _product(D.mT @ W, H, factor) if D.shape[1] < H.shape[1] else _product(D.mT, W @ H, factor)
+
+
+def _product(X: Tensor, Y: Tensor, factor: float) -> Tensor:
+    return torch.addmm(X.new_zeros(()), X, Y, beta=0, alpha=factor)
 
 
 def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -> bool:

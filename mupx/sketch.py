@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mupx.linalg import damped_cholesky, trace
+from mupx.linalg import Scalar, damped_cholesky, gram, trace
 from mupx.lowrank import Columns, Spanned, function_in, kept_in
 
 RANK = 192  # columns of the approximation
@@ -73,37 +73,37 @@ def _test(d: int, k: int) -> Tensor:
     return torch.randn(d, k, generator=torch.Generator().manual_seed(d))
 
 
-def averaged(old: Sketch, new: Tensor, keep: float, weight: float) -> Sketch | None:
+def averaged(old: Sketch, new: Tensor, keep: float, weight: Scalar) -> Sketch | None:
     """Return the sketch of keep · M + weight · F Fᵀ, or None where that is not finite.
 
     Args:
         old: The average so far.
         new: F, ``[d, n]``.
         keep: Weight of the old average.
-        weight: Weight of the new columns.
+        weight: Weight of the new columns; what F is yet to be divided by belongs in it.
     """
     total = keep * old.trace + weight * torch.linalg.vector_norm(new).square()
     if not bool(total.isfinite()):
         return None
-    image = torch.addmm(old.image, new, new.mT @ old.test, beta=keep, alpha=weight)
+    image = torch.addmm(old.image, new, weight * (new.mT @ old.test), beta=keep)
     return Sketch(image, old.test, total)
 
 
 def recovered(sketch: Sketch) -> Spanned:
     """Return Nyström's approximation, its ``dropped`` the measured ‖M − C Cᵀ‖_F."""
     Y, Z = sketch.image[:, :-PROBES], sketch.test[:, :-PROBES]
-    core = Z.mT @ Y
+    seen = Z.mT @ sketch.image
+    core, crossed = seen[:, :-PROBES], seen[:, -PROBES:]
     core = 0.5 * (core + core.mT)
     # Rounding makes a core of low rank indefinite; a ridge on it only makes the approximation smaller.
     lower, _ = damped_cholesky(core, torch.finfo(core.dtype).eps * trace(core))
     # A product with the small inverse is twice as fast as solving for all rows of Y, and as accurate here.
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    whitening = torch.linalg.solve_triangular(lower, eye, upper=False).mT
-    C = Y @ whitening.to(Y.dtype)
-    gram = C.mT @ C
-    probes = sketch.test[:, -PROBES:]
-    missed = sketch.image[:, -PROBES:] - C @ (C.mT @ probes)
-    return Spanned(C, gram, missed.norm() / PROBES**0.5, sketch.trace)
+    whitening = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(Y.dtype)
+    C = Y @ whitening
+    # Of the probes P, Cᵀ P is the whitened Yᵀ P = Zᵀ (M P), which came with the core.
+    missed = torch.addmm(sketch.image[:, -PROBES:], C, whitening.mT @ crossed, alpha=-1)
+    return Spanned(C, gram(C), missed.norm() / PROBES**0.5, sketch.trace)
 
 
 def solver_error(factor: Columns | Spanned, ridge: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mupx.linalg import (
     damped_inverse,
     eigh,
     finite,
+    gram,
     inverse_root,
     largest_eigenvalue,
     trace,
@@ -250,3 +251,17 @@ def test_what_lapack_gives_up_on_in_float32_is_decomposed_in_float64(monkeypatch
         (eigh(M)[0], largest_eigenvalue(M), inverse_root(M, 4.0, 0.1, True)[0]), expected, strict=True
     ):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 127, 128, 129, 192])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gram_matrix_is_whole_and_symmetric(count: int, transposed: bool) -> None:
+    C = torch.randn(count, 40, dtype=torch.double).mT if transposed else torch.randn(40, count).double()
+    found = gram(C)
+    torch.testing.assert_close(found, C.mT @ C)
+    torch.testing.assert_close(found, found.mT)
+    # An overflow or what is not a number is in it, wherever it was.
+    for place in (0, count - 1):
+        spoilt = C.clone()
+        spoilt[3, place] = torch.nan
+        assert not bool(finite(gram(spoilt)))

@@ -13,6 +13,7 @@ from mupx.lowrank import (
     CHOLESKY,
     EIGH,
     Columns,
+    Thin,
     alone,
     alone_pays,
     averaged,
@@ -180,11 +181,11 @@ def test_a_gradient_of_the_factors_own_rows_is_preconditioned_within_them(d_out:
     left, right = (inverse(alone(0.5 * rows.mT), ridge)[0] for rows in (D, H))
     B, A = (linalg.add_ridge(0.25 * rows.mT @ rows, ridge) for rows in (D, H))
     wanted = torch.linalg.solve(B, D.mT @ H) @ torch.linalg.inv(A)
-    torch.testing.assert_close(own_update(left, D, H, right), wanted)
+    torch.testing.assert_close(own_update(left, Thin(D, H, 3.0), right), 3 * wanted)
     other, _ = inverse(alone(columns(2)[:d_in]), ridge)
-    assert not torch.allclose(own_update(left, D, H, other), wanted, rtol=1e-2)
+    assert not torch.allclose(own_update(left, Thin(D, H), other), wanted, rtol=1e-2)
     nothing, _ = inverse(alone(0.0 * D.mT), ridge)
-    assert not own_update(nothing, D, H, right).any()
+    assert not own_update(nothing, Thin(D, H), right).any()
 
 
 @pytest.mark.parametrize("spoilt", [0.0, torch.nan, torch.inf])

@@ -180,9 +180,9 @@ class KFAC(Kronecker):
             if alone or thin_pays(left, right, (d_out, d_in), sum(map(len, rows.h))):
                 thin = rows.gradient(gradient)
                 if thin is not None and alone:
-                    return own_update(cast(LowRank, left), *thin, cast(LowRank, right))
+                    return own_update(cast(LowRank, left), thin, cast(LowRank, right))
                 if thin is not None:
-                    return thin_update(left, *thin, right)
+                    return thin_update(left, thin, right)
         return precondition(gradient, state)
 
     def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mupx import sketch
 from mupx.curvature import FactorRows, FactorSums
+from mupx.linalg import Scalar
 from mupx.lowrank import (
     CHOLESKY,
     SMALLEST,
@@ -185,11 +186,13 @@ class Kronecker(Captured):
         """Average one side's new factor in; columns stay columns until they no longer pay."""
         old = kept_in(state, side)
         thin = damped and self.statistics is None
-        new = sums.columns(side) if thin and isinstance(sums, FactorRows) else None
-        if isinstance(sums, FactorRows) and new is not None and side not in state:
+        rows = sums.unscaled(side) if thin and isinstance(sums, FactorRows) else None
+        if isinstance(sums, FactorRows) and rows is not None and side not in state:
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
-            if self._sketches(state, side, new, old):
-                return self._sketched(state, side, old, new, weight)
+            if self._sketches(state, side, rows[0], old):
+                return self._sketched(state, side, old, *rows, weight)
+            new = sums.columns(side)
+            assert new is not None
             if stands_alone(new.shape[0], new.shape[1], self.solver, self.ema, self.refresh == 1):
                 sums.alone.add(side)
                 return alone(new)
@@ -204,11 +207,17 @@ class Kronecker(Captured):
         return factor
 
     def _sketched(
-        self, state: dict[str, Any], side: str, old: Columns | Spanned | None, new: Tensor, weight: float
+        self,
+        state: dict[str, Any],
+        side: str,
+        old: Columns | Spanned | None,
+        new: Tensor,
+        count: Scalar,
+        weight: float,
     ) -> Spanned:
         """Average new columns into a sketch; what is not finite leaves it as it was, for one step of zero."""
         before = sketch.sketch_in(state, side) or sketch.begun(old, new)
-        after = sketch.averaged(before, new, 1.0 - weight, weight)
+        after = sketch.averaged(before, new, 1.0 - weight, weight / count)
         state.update(sketch.state_of(side, after or before))
         factor = sketch.recovered(after or before)
         return factor if after else factor._replace(gram=torch.full_like(factor.gram, torch.nan))

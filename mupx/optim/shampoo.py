@@ -28,6 +28,7 @@ from mupx.lowrank import (
     SOLVERS,
     TOLERANCE,
     Columns,
+    Thin,
     averaged,
     factor_in,
     forget,
@@ -75,11 +76,13 @@ def moments(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gradient @ gradient.mT, gradient.mT @ gradient
 
 
-def thin_moments(D: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """Return columns F_L ``[d_out, n]`` and F_R ``[d_in, n]`` of the moments of a gradient G = Dᵀ H.
+def thin_moments(gradient: Thin) -> tuple[Tensor, Tensor]:
+    """Return columns F_L ``[d_out, n]`` and F_R ``[d_in, n]`` of the moments of a gradient G = c Dᵀ H.
 
-    F_L F_Lᵀ = G Gᵀ = Dᵀ (H Hᵀ) D and F_R F_Rᵀ = Gᵀ G = Hᵀ (D Dᵀ) H: only roots of ``[n, n]`` are taken.
+    With c in D, F_L F_Lᵀ = G Gᵀ = Dᵀ (H Hᵀ) D and F_R F_Rᵀ = Gᵀ G = Hᵀ (D Dᵀ) H: only roots of ``[n, n]``
+    are taken.
     """
+    D, H = gradient.factor * gradient.D, gradient.H
     return _weighted(D, H), _weighted(H, D)
 
 
@@ -206,7 +209,7 @@ class Shampoo(Blockwise):
         self._names = {id(layer.weight): name for name, layer in self._layers.items()}
         self._captured: dict[str, FactorRows] = {}
         self._rows: dict[str, FactorRows] = {}
-        self._thin: dict[int, tuple[Tensor, Tensor] | None] = {}  # by parameter, of this step
+        self._thin: dict[int, Thin | None] = {}  # by parameter, of this step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state; a copy finds its own model's layers."""
@@ -296,8 +299,8 @@ class Shampoo(Blockwise):
         for index, tile in enumerate(self.tiles(parameter)):
             left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
             d_out, d_in = matrix.shape
-            if thin is not None and thin_pays(left, right, (d_out, d_in), len(thin[0])):
-                update = thin_update(left, *thin, right)
+            if thin is not None and thin_pays(left, right, (d_out, d_in), thin.rows):
+                update = thin_update(left, thin, right)
             else:
                 tile.paste(times(left @ tile.cut(matrix), right), update)
         state["step"] = state.get("step", 0) + 1
@@ -322,7 +325,7 @@ class Shampoo(Blockwise):
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
 
-    def _thin_gradient(self, parameter: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _thin_gradient(self, parameter: Tensor, matrix: Tensor) -> Thin | None:
         rows = self._rows.get(self._names.get(id(parameter), ""))
         one_block = not self.blocks or max(matrix.shape) <= self.blocks
         if rows is None or not one_block:
@@ -379,13 +382,13 @@ class Shampoo(Blockwise):
         state: dict[str, Any],
         index: int,
         block: Tensor,
-        thin: tuple[Tensor, Tensor] | None,
+        thin: Thin | None,
         group: dict[str, Any],
         gap: int | None,
         stale: bool,
     ) -> None:
         # An average of columns is a decomposition: with statistics of their own, factors are dense.
-        columns = (None, None) if thin is None or self.statistics is not None else thin_moments(*thin)
+        columns = (None, None) if thin is None or self.statistics is not None else thin_moments(thin)
         for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
             if side not in self.sides:
                 continue

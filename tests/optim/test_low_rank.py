@@ -14,6 +14,7 @@ from mupx import curvature
 from mupx.curvature import FactorRows
 from mupx.linalg import add_ridge
 from mupx.losses import LOSSES
+from mupx.lowrank import Thin
 from mupx.optim import kfac
 from mupx.optim.base import Base
 from mupx.optim.foof import FOOF
@@ -257,7 +258,7 @@ def test_gradients_edited_before_the_step_are_used_as_they_are(
     if edit is average_with_another_rank:
         # Rows taken for the gradient without a look at it would train on this rank's batch alone.
         monkeypatch.setattr(
-            FactorRows, "gradient", lambda self, _: (torch.cat(self.delta), torch.cat(self.h))
+            FactorRows, "gradient", lambda self, _: Thin(torch.cat(self.delta), torch.cat(self.h))
         )
         assert distance(run(name, "low-rank", edit=edit)[0], dense) > 1e-4
 
@@ -341,7 +342,7 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     true = FactorRows.gradient
 
-    def counted(self: FactorRows, actual: Tensor) -> tuple[Tensor, Tensor] | None:
+    def counted(self: FactorRows, actual: Tensor) -> Thin | None:
         calls.append(len(actual))
         return true(self, actual)
 
@@ -358,7 +359,7 @@ def test_only_rows_that_are_the_whole_curvature_are_preconditioned_within_themse
     true = kfac.own_update
 
     def counted(*operands: Any) -> Tensor:
-        seen.append(len(operands[1]))
+        seen.append(operands[1].rows)
         return true(*operands)
 
     monkeypatch.setattr(kfac, "own_update", counted)
@@ -440,7 +441,7 @@ def test_the_rows_of_micro_batches_are_kept_while_they_are_few_enough_together(
     thin = rows.gradient(layer.weight.grad)
     if kept:
         assert thin is not None
-        torch.testing.assert_close(thin[0].mT @ thin[1], layer.weight.grad)
+        torch.testing.assert_close(thin.factor * thin.D.mT @ thin.H, layer.weight.grad)
     else:  # those of the last pass alone are of no use, and were not taken
         assert thin is None
 
