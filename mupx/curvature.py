@@ -32,7 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from mupx.errors import UsageError
-from mupx.linalg import Scalar
+from mupx.linalg import Scalar, gram
 from mupx.losses import Loss
 from mupx.lowrank import Thin
 from mupx.roles.axes import factorable
@@ -156,11 +156,11 @@ class FactorSums:
         self._keep_outputs(rows * scale)
 
     def _keep_inputs(self, rows: Tensor) -> None:
-        product = rows.mT @ rows
+        product = gram(rows)
         self.inputs = product if self.inputs is None else self.inputs + product
 
     def _keep_outputs(self, rows: Tensor) -> None:
-        product = rows.mT @ rows
+        product = gram(rows)
         self.outputs = product if self.outputs is None else self.outputs + product
 
     def factor(self, side: str) -> Tensor:
@@ -247,7 +247,7 @@ class FactorRows(FactorSums):
     def factor(self, side: str) -> Tensor:
         """Return A or B, as :meth:`FactorSums.factor`."""
         F = self.columns(side)
-        return super().factor(side) if F is None else F @ F.mT
+        return super().factor(side) if F is None else gram(F.mT)
 
     def gradient(self, actual: Tensor) -> Thin | None:
         """Return the weight gradient as a thin product, or None.

@@ -130,12 +130,12 @@ def averaged(old: Columns | None, new: Tensor, keep: float, weight: float) -> Co
         nothing = new[..., :0]
         old = Columns(nothing, nothing[0], new.new_zeros(()), new.new_zeros(()))
     stacked = torch.cat([keep**0.5 * old.columns, weight**0.5 * new], -1)
-    gram = stacked.mT @ stacked
-    if not bool(finite(gram)):
+    inside = gram(stacked)
+    if not bool(finite(inside)):
         return old._replace(values=torch.full_like(old.values, torch.nan))
-    values, vectors, _ = eigh(gram)
+    values, vectors, _ = eigh(inside)
     # Below a zero head every column is zero: so are the eigenvalues, whatever stood in for the matrix.
-    values = torch.where(trace(gram) > 0, values, 0.0)
+    values = torch.where(trace(inside) > 0, values, 0.0)
     total = keep * old.trace + weight * new.square().sum()
     return Columns(stacked @ vectors, values, keep * old.dropped, total)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, over
+from mupx.linalg import Scalar, gram, over
 from mupx.optim.base import DEFAULTS, Groups, sort_groups
 from mupx.optim.divided import Divided, cubes_of
 
@@ -78,8 +78,8 @@ def fitted(gradient: Tensor, Q_L: Tensor, Q_R: Tensor, probe: Tensor, rate: Scal
     A = Q_L @ gradient @ Q_R.mT
     B = torch.linalg.solve_triangular(Q_L.mT, probe, upper=False)
     B = torch.linalg.solve_triangular(Q_R, B, upper=True, left=False)
-    Q_L = _stepped(Q_L, A @ A.mT, B @ B.mT, rate)
-    Q_R = _stepped(Q_R, A.mT @ A, B.mT @ B, rate)
+    Q_L = _stepped(Q_L, gram(A.mT), gram(B.mT), rate)
+    Q_R = _stepped(Q_R, gram(A), gram(B), rate)
     # P is the same for c Q_L and Q_R / c: equal largest entries keep both far from overflow.
     sizes = (Q.abs().amax((-2, -1), keepdim=True) for Q in (Q_L, Q_R))
     balance = (next(sizes) / next(sizes)).sqrt()

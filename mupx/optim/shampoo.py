@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mupx.blocks import BOTH
 from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, eigh, inverse_root
+from mupx.linalg import Scalar, eigh, gram, inverse_root
 from mupx.lowrank import (
     EIGH,
     SMALLEST,
@@ -73,7 +73,7 @@ EXPONENT = 0.25
 
 def moments(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return (G Gᵀ, Gᵀ G) of ``[..., d_out, d_in]``."""
-    return gradient @ gradient.mT, gradient.mT @ gradient
+    return gram(gradient.mT), gram(gradient)
 
 
 def thin_moments(gradient: Thin) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def thin_moments(gradient: Thin) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(rows: Tensor, others: Tensor) -> Tensor:
-    values, vectors, ok = eigh(others @ others.mT)
+    values, vectors, ok = eigh(gram(others.mT))
     return rows.mT @ (vectors * torch.where(ok, values, 0.0).sqrt())
 
 
@@ -458,7 +458,7 @@ class Shampoo(Blockwise):
         return result.view_as(factor)
 
     def _average(self, old: Tensor | None, block: Tensor, seen: int, gap: int) -> Tensor:
-        new = block @ block.mT
+        new = gram(block.mT)
         if self.accumulate == "sum":
             return new if old is None else old + new
         return running_average(old, new, self.ema, seen, gap)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mupx.blocks import BOTH, blocks_of
 from mupx.errors import UsageError
-from mupx.linalg import Scalar, eigh, largest_eigenvalue, trace
+from mupx.linalg import Scalar, eigh, gram, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Groups, Scale, adam_direction, finite_or, sort_groups
 from mupx.optim.blockwise import Blockwise
 from mupx.refresh import Refresh, refresh_interval, require_refresh
@@ -213,7 +213,7 @@ class SOAP(Blockwise):
                 if side not in self.sides or 0 < self.max_precond_dim < oriented.shape[-2]:
                     continue
                 name = f"{side}{index}"
-                factor = state[name] = _averaged(state.get(name), oriented @ oriented.mT, self.ema)
+                factor = state[name] = _averaged(state.get(name), gram(oriented.mT), self.ema)
                 if not (first or due):
                     continue
                 basis = torch.empty_like(factor)
