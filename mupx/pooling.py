@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupx.curvature import FactorRows, FactorSums, nothing_captured
 from mupx.distributed.communicator import Communicator, flattened, mirror, upper
 from mupx.errors import MismatchError
+from mupx.factor_sums import FactorRows, FactorSums, nothing_captured
 from mupx.samples import SampleRows
 
 Told = list[dict[str, Any]]  # one layer, as every rank describes it

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupx.curvature import FactorSums, nothing_captured
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorSums, nothing_captured
 
 ENTRIES = 2**23  # numbers of per-sample gradients formed at once
 

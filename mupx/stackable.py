@@ -12,7 +12,8 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _NormBase
 
 from mupx.config import Experiment
-from mupx.curvature import Captured, factorable_layers, functional_gradients, zero_probes
+from mupx.curvature import Captured, functional_gradients, zero_probes
+from mupx.layer_rows import factorable_layers
 from mupx.optim.captured import Captured as CapturedOptimizer
 from mupx.stacked import UPDATES
 from mupx.training import Run

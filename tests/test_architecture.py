@@ -58,6 +58,8 @@ LEVELS = {
     "mupx.losses": 2,
     "mupx.plain_loss": 2,
     "mupx.curvature": 3,
+    "mupx.factor_sums": 3,
+    "mupx.layer_rows": 3,
     "mupx.depth": 3,
     "mupx.advice": 1,
     "mupx.advice.measuring": 5,

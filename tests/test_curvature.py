@@ -11,19 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mupx import curvature
-from mupx.curvature import (
-    Captured,
-    EagerCapture,
-    FactorSums,
-    factorable,
-    factorable_layers,
-    functional_gradients,
-    input_rows,
-    zero_probes,
-)
+from mupx.curvature import Captured, EagerCapture, functional_gradients, zero_probes
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorSums
+from mupx.layer_rows import factorable_layers, input_rows
 from mupx.losses import IGNORED, LOSSES
 from mupx.optim.kfac import KFAC
+from mupx.roles.axes import factorable
 from tests import oracles
 from tests.factories import small_cnn, small_mlp
 
@@ -233,7 +227,7 @@ def test_a_layer_used_twice_adds_both_uses() -> None:
 def test_patches_are_the_naive_ones_and_reproduce_the_convolution(
     options: dict[str, Any], short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature, "SHORT_LINE", short)
+    monkeypatch.setattr("mupx.layer_rows.SHORT_LINE", short)
     layer = nn.Conv2d(2, 3, **{"kernel_size": 3, **options}).double()
     x = torch.randn(2, 2, 6, 7, dtype=torch.double)
     rows = input_rows(layer, x)

@@ -254,7 +254,8 @@ def factors(name: str, x: Tensor, y: Tensor, layer: str) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("layer", ["output", "blocks.0.attention.query", "blocks.1.perceptron.up"])
 def test_kronecker_factors_of_per_token_targets(layer: str) -> None:
     """Both are means over tokens that count: A of h hᵀ, B of δ δᵀ."""
-    from mupx.curvature import EagerCapture, FactorSums
+    from mupx.curvature import EagerCapture
+    from mupx.factor_sums import FactorSums
 
     split = ignoring(TOKENS.train)
     x, y = split.inputs[:16], split.targets[:16]

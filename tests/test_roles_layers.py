@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mupx import config
-from mupx.curvature import factorable, factorable_layers
 from mupx.errors import MismatchError, UsageError
+from mupx.layer_rows import factorable_layers
 from mupx.layers import derive
 from mupx.optim import KFAC
 from mupx.parametrization import build_optimizer, experiment_from, initialise, parametrize
 from mupx.roles import describe, initial_std
+from mupx.roles.axes import factorable
 from mupx.scaling import FACTORED, find_parametrization, find_rule
 from tests.strategies import layer_stacks
 from tests.zoo import BASE, REFUSED, ROWS, TOKENS, ZOO, Net, attention, between, read, table, tied

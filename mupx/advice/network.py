@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mupx.advice.costs import Shape
 from mupx.advice.rates import Op, Work, elementwise, gemm
-from mupx.curvature import factorable_layers
+from mupx.layer_rows import factorable_layers
 from mupx.layers import Parameter
 from mupx.roles import Factory
 

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import EagerCapture, FactorSums, Layer, factorable_layers
+from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorSums
+from mupx.layer_rows import Layer, factorable_layers
 from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
 from mupx.optim.base import (

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import FactorSums
+from mupx.factor_sums import FactorSums
 from mupx.linalg import Scalar, eigh
 from mupx.losses import Loss
 from mupx.optim.base import Groups, Refresh, Scale, finite_or, running_average, split_ridge

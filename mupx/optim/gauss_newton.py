@@ -35,8 +35,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import FactorSums
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorSums
 from mupx.linalg import Scalar, damped_cholesky, largest_eigenvalue, over, trace
 from mupx.losses import Loss
 from mupx.optim.base import Groups, Scale, require_damping_rule, split_ridge

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import FactorRows
+from mupx.factor_sums import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
 from mupx.lowrank import LowRank, factor_in

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mupx import sketch
-from mupx.curvature import FactorRows, FactorSums
+from mupx.factor_sums import FactorRows, FactorSums
 from mupx.linalg import Scalar
 from mupx.lowrank import (
     CHOLESKY,

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from mupx.blocks import BOTH
-from mupx.curvature import EagerCapture, FactorRows, Layer, factorable_layers
+from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorRows
+from mupx.layer_rows import Layer, factorable_layers
 from mupx.linalg import Scalar, eigh, gram, inverse_root
 from mupx.lowrank import (
     EIGH,

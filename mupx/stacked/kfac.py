@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mupx.curvature import factorable_layers
+from mupx.layer_rows import factorable_layers
 from mupx.linalg import eigh
 from mupx.lowrank import CHOLESKY, EIGH
 from mupx.optim.base import Base, running_average

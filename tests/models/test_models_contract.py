@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from mupx.config import parse
-from mupx.curvature import factorable_layers
 from mupx.dotted import merge
 from mupx.errors import UsageError
+from mupx.layer_rows import factorable_layers
 from mupx.layers import derive
 from mupx.losses import LOSSES
 from mupx.models import MODELS

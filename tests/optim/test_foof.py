@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import FactorRows
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorRows
 from mupx.optim.foof import FOOF
 from tests import oracles
 from tests.factories import small_cnn, small_mlp

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from mupx.curvature import EagerCapture, FactorSums, factorable_layers
+from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
+from mupx.factor_sums import FactorSums
+from mupx.layer_rows import factorable_layers
 from mupx.losses import LOSSES
 from mupx.optim.kfac import KFAC
 from mupx.parametrization import parametrize

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mupx import curvature
-from mupx.curvature import FactorRows
+from mupx.factor_sums import FactorRows
 from mupx.linalg import add_ridge
 from mupx.losses import LOSSES
 from mupx.lowrank import Thin

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mupx.curvature import Captured, factorable_layers, functional_gradients, zero_probes
+from mupx.curvature import Captured, functional_gradients, zero_probes
+from mupx.layer_rows import factorable_layers
 from mupx.losses import LOSSES
 from mupx.optim.base import (
     adam_direction,
