@@ -32,7 +32,7 @@ from mupx.advice.rates import Rates
 from mupx.datasets.base import Dataset
 from mupx.optim import OPTIMIZERS
 from mupx.parametrization import resolved
-from mupx.training import Run
+from mupx.run import Run
 
 HERE = Path(__file__).parent
 FULL = [("mlp", 256, 64), ("mlp", 512, 64), ("mlp", 1024, 64), ("mlp", 1024, 256), ("myrtle5", 64, 64)]

@@ -33,7 +33,7 @@ from mupx.checks import fits, late
 from mupx.config import Experiment
 from mupx.datasets.base import Dataset
 from mupx.parametrization import resolved
-from mupx.training import Run
+from mupx.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "late-drift.csv"
 WIDTHS, STEPS, SEEDS, HIDDEN = (64, 128, 256, 512), (2, 10, 100, 300), (0, 1), "hidden1.weight"

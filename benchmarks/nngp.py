@@ -30,6 +30,7 @@ from sweeps import set_threads
 from mupx import config, dotted, training
 from mupx.checks import fits, nngp
 from mupx.datasets.base import Dataset
+from mupx.run import Run
 
 BASE, HIDDEN_LAYERS, WEIGHT_VARIANCE = 64, 2, 2.0
 CRITICAL = 6**0.5  # torch's uniform weights have variance 1/(3 fan_in)
@@ -56,10 +57,10 @@ RULES = {"kfac": "absolute", "sgd": None, "shampoo": "relative"}
 STEPS = (1, 10)
 
 
-def build(data: Dataset, head: float, changes: dict[str, object]) -> training.Run:
+def build(data: Dataset, head: float, changes: dict[str, object]) -> Run:
     """Build a run at its first step, the μP read-out multiplied by ``head``."""
     experiment = config.parse(dotted.merge({}, {**COMMON, **changes}))
-    run = training.Run(experiment, data, training.describe(experiment, data))
+    run = Run(experiment, data, training.describe(experiment, data))
     with torch.no_grad():
         run.model.get_parameter("output.weight").mul_(head)
     return run
@@ -95,7 +96,7 @@ def distances(data: Dataset, widths: Sequence[int], seeds: Sequence[int], batch:
                 yield {**row, "moved": nngp.relative_distance(nngp.features(run.model, inputs), before)}
 
 
-def analytic(run: training.Run, inputs: torch.Tensor, rho: float) -> torch.Tensor:
+def analytic(run: Run, inputs: torch.Tensor, rho: float) -> torch.Tensor:
     """Return NNGP kernel ridge on the coming batch; K-FAC's ridge ρ_A·N is (ρ/base)·N per unit."""
     x, y = run.batch()
     kernel, cross = (
@@ -131,7 +132,7 @@ def accuracies(data: Dataset, width: int, seeds: Sequence[int], batches: Sequenc
                 yield {**row, "seed": seed, "lr": 1.0, "damping": damping, "step": 1, "moved": 0.0}
 
 
-def trained(run: training.Run, row: dict) -> Iterator[dict]:
+def trained(run: Run, row: dict) -> Iterator[dict]:
     inputs = run.data.test.inputs
     before = nngp.features(run.model, inputs)
     while run.step < run.steps:

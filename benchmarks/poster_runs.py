@@ -18,6 +18,7 @@ from mupx.datasets.base import Dataset, Split
 from mupx.parametrization import resolved
 from mupx.parts import describe
 from mupx.quality import Watch
+from mupx.run import Run
 
 SEEDS, TUNING_SEEDS = (0, 1), (7, 8)
 WATCH_EVERY = 5
@@ -82,7 +83,7 @@ class Runs:
         self._data = self._data or training.load_data(made)
         data = subset(self._data, cell.examples)
         started = time.perf_counter()
-        run = training.Run(made, data, describe(made, data))
+        run = Run(made, data, describe(made, data))
         run.untrained["validation"] = run.evaluate(data.validation).loss
         found: list[tuple[float, float]] = []
         outcome = "finished"
@@ -102,7 +103,7 @@ class Runs:
         return Outcome("finished", ended, validation, test, c, own, seconds)
 
 
-def whitening(run: training.Run) -> float:
+def whitening(run: Run) -> float:
     """Return PSGD's criterion at the best multiple of P, √(gᵀ P g · tr P⁻¹) / (‖g‖ √n), mean over weights.
 
     g is the gradient of the batch to come, which P is not fitted to yet. P = I gives 1, lower is better; nan

@@ -36,7 +36,7 @@ from sweeps import read_rows, set_threads, write_rows
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mupx import parts, training
+from mupx import parts
 from mupx.config import Experiment
 from mupx.distributed import joining
 from mupx.distributed.assignment import assigned
@@ -44,6 +44,7 @@ from mupx.distributed.communicator import STRIP, Communicator
 from mupx.optim.divided import Divided
 from mupx.parallel import Parallel
 from mupx.parametrization import resolved
+from mupx.run import Run
 from mupx.usercode import hand_over
 
 HERE = Path(__file__).parent
@@ -121,13 +122,13 @@ def row(what: str, name: str, refresh: int, ranks: int, kind: str, found: Any, w
     return {**place, "measured": found, "formula": wanted}
 
 
-def run_of(name: str, refresh: int, width: int, steps: int, ranks: Communicator) -> training.Run:
+def run_of(name: str, refresh: int, width: int, steps: int, ranks: Communicator) -> Run:
     made = experiment(name, refresh, width, steps)
     data = parts.load_data(made)
-    return training.Run(made, data, parts.describe(made, data), Parallel(ranks))
+    return Run(made, data, parts.describe(made, data), Parallel(ranks))
 
 
-def counted_gradients(run: training.Run, sent: Counter[str]) -> None:
+def counted_gradients(run: Run, sent: Counter[str]) -> None:
     """Count what DistributedDataParallel sends, which then goes as it would."""
     run.model.train()
     wrapped: Any = run.parallel.model(run.model)

@@ -40,8 +40,8 @@ from mupx.datasets.base import Split
 from mupx.optim import OPTIMIZERS
 from mupx.parametrization import experiment_from
 from mupx.parts import describe, load_data
+from mupx.run import Run
 from mupx.scaling import LayerScale, Parametrization, Role, ScalingRule, find_parametrization, find_rule
-from mupx.training import Run
 
 RESULTS = Path(__file__).parent / "results" / "slopes.csv"
 WIDTHS, SEEDS, BASE = (256, 512, 1024, 2048), (0, 1, 2), 64

@@ -15,10 +15,10 @@ from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
 from mupx.linalg import over, trace
 from mupx.losses import Loss
+from mupx.run import Run
 from mupx.run_folder import Metrics
 from mupx.stacked import stack
 from mupx.stacked.base import pick
-from mupx.training import Run
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 

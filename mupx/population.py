@@ -23,9 +23,10 @@ from mupx.errors import UsageError
 from mupx.layers import Parameter
 from mupx.lockstep import Population, share_buffers
 from mupx.parametrization import resolved
+from mupx.run import Run
 from mupx.run_folder import Metrics, Result
 from mupx.stackable import obstacle_in_settings
-from mupx.training import Run, even_steps, require_start, result_of
+from mupx.training import even_steps, require_start, result_of
 
 Report = Callable[[int, int, int, float], bool]  # (member, step, steps, objective so far) -> stop?
 

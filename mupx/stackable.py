@@ -15,8 +15,8 @@ from mupx.config import Experiment
 from mupx.curvature import Captured, functional_gradients, zero_probes
 from mupx.layer_rows import factorable_layers
 from mupx.optim.captured import Captured as CapturedOptimizer
+from mupx.run import Run
 from mupx.stacked import UPDATES
-from mupx.training import Run
 
 EXAMPLES = 8
 APART = 1.1  # what the parameters of the second member are multiplied by

@@ -78,6 +78,7 @@ LEVELS = {
     "mupx.own_optimizer": 5,
     "mupx.quality": 5,
     "mupx.parametrization": 5,
+    "mupx.run": 6,
     "mupx.training": 6,
     "mupx.checkpoint": 6,
     "mupx.run_folder": 6,

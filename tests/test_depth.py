@@ -21,7 +21,7 @@ from mupx.depth import Source, completed, deepened
 from mupx.errors import MismatchError, MupxError, UsageError
 from mupx.recipe import Recipe, read
 from mupx.roles import describe
-from mupx.training import Run
+from mupx.run import Run
 from tests.optim.training import build
 
 CLASSES, D_IN = 5, 12

@@ -19,8 +19,8 @@ from mupx.config import Experiment
 from mupx.elsewhere import RULES_OF, installed
 from mupx.errors import UsageError
 from mupx.parts import describe, load_data
+from mupx.run import Run
 from mupx.scaling import RULES
-from mupx.training import Run
 
 ROOT = Path(__file__).parent.parent
 MODULE = """\

@@ -13,6 +13,7 @@ from mupx import config, dotted, evaluation, training
 from mupx.datasets.base import Dataset, Split
 from mupx.losses import IGNORED, LOSSES
 from mupx.models import MODELS
+from mupx.run import Run
 from mupx.training import train
 
 VOCABULARY, CONTEXT, CLASSES = 7, 6, 4
@@ -137,7 +138,7 @@ def test_buffers_are_restored_to_the_last_bit_and_left_alone_by_evaluation() -> 
     data = FAMILIES["resnet"][0]
     chosen = experiment("resnet")
     parameters = training.describe(chosen, data)
-    run, other = (training.Run(chosen, data, parameters) for _ in range(2))
+    run, other = (Run(chosen, data, parameters) for _ in range(2))
     for _ in range(3):
         run.advance()
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
@@ -157,9 +158,9 @@ def pair(split: Split) -> tuple[Tensor, Tensor]:
     return split.inputs, split.targets
 
 
-def gpt_run(**changes: Any) -> training.Run:
+def gpt_run(**changes: Any) -> Run:
     chosen = experiment("gpt", train__dtype="float64", **changes)
-    return training.Run(chosen, TOKENS, training.describe(chosen, TOKENS))
+    return Run(chosen, TOKENS, training.describe(chosen, TOKENS))
 
 
 def ignoring(split: Split, share: float = 0.5) -> Split:
@@ -203,14 +204,14 @@ def test_accumulation_weights_micro_batches_by_the_tokens_that_count(
     whole = loss(1)
     # 32 parts: single examples, one of which counts for nothing.
     assert [loss(8), loss(32)] == pytest.approx([whole, whole], rel=1e-6)
-    monkeypatch.setattr(training.Run, "_share", lambda run, part, batch: 1 / 8)
+    monkeypatch.setattr(Run, "_share", lambda run, part, batch: 1 / 8)
     assert loss(8) != pytest.approx(whole, rel=1e-5)
 
 
 def test_regression_targets_have_no_accuracy() -> None:
     split = Split(SMALL_IMAGES.validation.inputs, torch.randn(64, CLASSES))
     chosen = experiment("mlp", train__loss="squared_error")
-    run = training.Run(chosen, SMALL_IMAGES, training.describe(chosen, SMALL_IMAGES))
+    run = Run(chosen, SMALL_IMAGES, training.describe(chosen, SMALL_IMAGES))
     assert run.evaluate(split).accuracy is None
     assert run.evaluate(SMALL_IMAGES.validation).accuracy is not None
 

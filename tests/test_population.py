@@ -18,7 +18,7 @@ from mupx.errors import UsageError
 from mupx.lockstep import Population
 from mupx.parametrization import resolved
 from mupx.population import train_population
-from mupx.training import Run
+from mupx.run import Run
 from mupx.usercode import hand_over
 
 SMALL: dict[str, Any] = {

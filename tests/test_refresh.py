@@ -18,7 +18,8 @@ from mupx.parts import describe as describe_experiment
 from mupx.recipe import Recipe, read
 from mupx.refresh import Intervals, Schedule, forgets, longest_gap, parse_refresh, refresh_interval
 from mupx.roles import describe
-from mupx.training import Run, load_data
+from mupx.run import Run
+from mupx.training import load_data
 from tests.factories import mlp3, small_mlp
 from tests.optim.training import batches, make, train
 

@@ -13,7 +13,7 @@ import torch
 from mupx import checkpoint, config, dotted, parts
 from mupx.datasets.base import Dataset, Split
 from mupx.optim import OPTIMIZERS
-from mupx.training import Run
+from mupx.run import Run
 
 STEPS = 7  # two refreshes after the first
 SETTING = {

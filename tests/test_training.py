@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from mupx import checkpoint, config, parts, training
+from mupx.datasets.base import Split
 from mupx.dotted import merge
 from mupx.errors import MismatchError, UsageError
-from mupx.training import schedule_factor, total_steps, train
+from mupx.run import Run, schedule_factor, total_steps
+from mupx.training import train
 from mupx.usercode import hand_over
 
 SMALL = {
@@ -46,7 +48,7 @@ def experiment(**changes):
 def data():
     full = training.load_data(experiment())
     cut = {
-        name: training.Split(getattr(full, name).inputs[:400], getattr(full, name).targets[:400])
+        name: Split(getattr(full, name).inputs[:400], getattr(full, name).targets[:400])
         for name in ("train", "validation", "test")
     }
     return replace(full, **cut)
@@ -135,7 +137,7 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(tmp_path, 
 
 def test_ctrl_c_inside_a_step_finishes_the_step_and_saves_it(tmp_path, data, monkeypatch):
     whole = train(experiment(), data=data, run_dir=tmp_path / "whole")
-    draw = training.Run.batch
+    draw = Run.batch
 
     def interrupted(run):
         if run.step == 6:
@@ -146,7 +148,7 @@ def test_ctrl_c_inside_a_step_finishes_the_step_and_saves_it(tmp_path, data, mon
     # A shell starts its background jobs with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "batch", interrupted)
+        patch.setattr(Run, "batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(chosen, data=data, run_dir=tmp_path / "cut")
     assert checkpoint.latest(tmp_path / "cut" / "checkpoints").step == 7
@@ -254,7 +256,7 @@ def test_bf16_autocast_trains(data):
 
 
 def test_the_test_split_is_read_only_when_asked_for(data):
-    poisoned = replace(data, test=training.Split(data.test.inputs * math.nan, data.test.targets))
+    poisoned = replace(data, test=Split(data.test.inputs * math.nan, data.test.targets))
     chosen = experiment()
     assert train(chosen, data=poisoned).test is None
     assert math.isnan(train(chosen, data=poisoned, evaluate_test=True).test.loss)
@@ -272,7 +274,7 @@ def test_a_scheduler_that_flattens_the_groups_is_caught(data, monkeypatch):
             group["lr"] = 0.05
 
     chosen = experiment(optimizer__name="sgd", optimizer__damping_rule=None)
-    monkeypatch.setattr(training.Run, "set_learning_rates", flatten)
+    monkeypatch.setattr(Run, "set_learning_rates", flatten)
     with pytest.raises(MismatchError, match="something overwrote it"):
         train(chosen, data=data)
 

@@ -49,8 +49,8 @@ from mupx.datasets.cifar import Source, parse_batch, read_archive
 from mupx.datasets.files import read_unpacked, unpack
 from mupx.datasets.idx import parse_idx
 from mupx.errors import MupxError
+from mupx.run import Run
 from mupx.run_folder import RunFolder
-from mupx.training import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "schemas"

@@ -38,7 +38,7 @@ from mupx.layers import Parameter
 from mupx.optim import OPTIMIZERS
 from mupx.parametrization import resolved
 from mupx.roles.tracing import ModelFailedError
-from mupx.training import pick_device, total_steps
+from mupx.run import pick_device, total_steps
 
 # Lint code → where it is known from; what is not here was derived for mupx.
 LINT_SOURCES = {

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from mupx.checks import curvature_orders
 from mupx.layers import Layer
-from mupx.training import Run
+from mupx.run import Run
 
 # Below this many machine precisions of its layer's movement a contribution is rounding: the bias of an
 # attention's keys, or one before a normalisation, has a zero gradient in exact arithmetic.

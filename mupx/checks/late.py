@@ -19,7 +19,7 @@ import torch
 from mupx.checks import curvature_orders
 from mupx.layers import Parameter
 from mupx.linalg import largest_eigenvalue
-from mupx.training import Run
+from mupx.run import Run
 
 
 class Reading(NamedTuple):

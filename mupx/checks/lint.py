@@ -23,7 +23,7 @@ from mupx.layers import Layer, Parameter, derive
 from mupx.optim import OPTIMIZERS
 from mupx.parts import find_optimizer, signature
 from mupx.refresh import FORGOTTEN, forgets, longest_gap
-from mupx.training import Run, total_steps
+from mupx.run import Run, total_steps
 from mupx.usercode import is_reference
 
 KRONECKER = ("kfac", "foof", "ekfac", "backward-only", "gauss-newton", "gauss-newton-full")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mupx.errors import UsageError
-from mupx.training import Run
+from mupx.run import Run
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from mupx.datasets.base import Dataset
 from mupx.errors import NoResultError, UsageError, out_of_memory
 from mupx.layers import derive
 from mupx.parametrization import resolved
-from mupx.training import Run
+from mupx.run import Run, total_steps
 
 FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
 STEPS = (1, 10)
@@ -328,5 +328,5 @@ def _late(session: Session, report: Report, quick: bool) -> None:
 
 def _steps(session: Session, quick: bool) -> int:
     """Return the number of steps of a run in the sweeps."""
-    steps = training.total_steps(session.experiment, len(session.data.train))
+    steps = total_steps(session.experiment, len(session.data.train))
     return min(steps, QUICK_STEPS) if quick else steps

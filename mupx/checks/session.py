@@ -13,7 +13,7 @@ from mupx.datasets.base import Dataset, Split
 from mupx.errors import out_of_memory
 from mupx.layers import Parameter
 from mupx.plain_loss import find_loss
-from mupx.training import Run
+from mupx.run import Run
 
 Progress = Callable[[int, int, str], None]  # (done, total as far as known, one line about it)
 

@@ -117,10 +117,11 @@ class Proxy:
 
     def obstacle(self) -> str | None:
         """Return why trials cannot be trained in lock-step, in a clause; None where they can."""
-        from mupx import stackable, training
+        from mupx import stackable
+        from mupx.run import Run
 
         try:
-            run = training.Run(self.experiment, self.data, self.parameters)
+            run = Run(self.experiment, self.data, self.parameters)
         except Exception as error:
             return f"{type(error).__name__} before the first step"  # the first trial will say it in full
         return stackable.obstacle(run)

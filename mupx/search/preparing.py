@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 def proxy(experiment: Experiment, data: Dataset | None) -> tuple[Proxy, dict[str, Any], BasePruner]:
     """Return the evaluation by training, what the study must remember about it, and the pruner."""
-    from mupx import parts, training
+    from mupx import parts
+    from mupx.run import total_steps
 
     data = parts.load_data(experiment) if data is None else data
     parameters = parts.describe(experiment, data)
-    total = training.total_steps(experiment, len(data.train))
+    total = total_steps(experiment, len(data.train))
     facts = {"parameters": [asdict(p) for p in parameters], "data_checksum": data.checksum}
     evaluation = Proxy(experiment, without_test(data), parameters, min(sampling.REPORTS, total))
     return evaluation, facts, sampling.pruner(experiment.search.pruner, total)

@@ -15,8 +15,8 @@ from mupx import scaling
 from mupx.linalg import damped_inverse
 from mupx.optim import kfac
 from mupx.optim.kfac import KFAC
+from mupx.run import Run
 from mupx.scaling import ONE, DampingScale, LayerScale, Parametrization, Role, ScalingRule
-from mupx.training import Run
 
 from . import settings
 from .settings import Setup, mutant, registered

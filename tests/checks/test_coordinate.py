@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mupx import parts, training
 from mupx.checks import coordinate
-from mupx.training import Run
+from mupx.run import Run
 
 from . import settings
 from .settings import experiment

@@ -13,7 +13,7 @@ from mupx.checks import late, verdict
 from mupx.checks.rows import Row
 from mupx.datasets.base import Dataset, Split
 from mupx.layers import derive
-from mupx.training import Run
+from mupx.run import Run
 
 from . import settings
 from .settings import Setup, experiment

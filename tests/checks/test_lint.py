@@ -92,7 +92,7 @@ def test_clipping_by_the_global_norm_is_found() -> None:
 @pytest.mark.slow
 def test_the_global_gradient_norm_grows_as_the_lint_says() -> None:
     from mupx.checks import fits
-    from mupx.training import Run
+    from mupx.run import Run
 
     norms = {}
     for width in (64, 128, 256, 512, 1024):

@@ -15,6 +15,7 @@ from mupx.checks import fits, nngp
 from mupx.datasets.base import Dataset, Split
 from mupx.dotted import merge
 from mupx.errors import UsageError
+from mupx.run import Run
 
 N, D_IN, CLASSES, BASE = 32, 6, 3, 64
 CRITICAL = 6**0.5  # torch's uniform weights have variance 1/(3 fan_in): this makes it 2/fan_in
@@ -52,11 +53,11 @@ SETTING: dict[str, Any] = {
 }
 
 
-def make_run(width: int, head: float = 0.0, rho_B: float | None = 0.0, **changes: Any) -> training.Run:
+def make_run(width: int, head: float = 0.0, rho_B: float | None = 0.0, **changes: Any) -> Run:
     """A run in the setting of the statement; ``head`` multiplies the μP read-out, None leaves μP's ρ_B."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     experiment = config.parse(merge({}, {**SETTING, "scaling.width": width, **dotted}))
-    run = training.Run(experiment, DATA, training.describe(experiment, DATA))
+    run = Run(experiment, DATA, training.describe(experiment, DATA))
     with torch.no_grad():
         run.model.get_parameter("output.weight").mul_(head)
     if rho_B is not None:

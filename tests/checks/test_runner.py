@@ -21,8 +21,8 @@ from mupx.checks import coordinate, late
 from mupx.checks.runner import verify
 from mupx.datasets.base import Split
 from mupx.errors import MismatchError, NoResultError, UsageError
+from mupx.run import Run
 from mupx.run_folder import Metrics
-from mupx.training import Run
 
 from . import settings
 from .settings import experiment, slopes

@@ -24,6 +24,7 @@ from mupx.distributed.communicator import Communicator
 from mupx.dotted import merge
 from mupx.errors import MupxError
 from mupx.optim import OPTIMIZERS
+from mupx.run import Run
 from mupx.usercode import hand_over
 
 STEPS = 7
@@ -231,14 +232,14 @@ def refused(ranks: Communicator) -> dict[str, Any]:
 
 def signalled(ranks: Communicator, folder: str) -> dict[str, Any]:
     """Rank 1 alone is told to stop, in the middle of step 3."""
-    draw = training.Run.batch
+    draw = Run.batch
 
-    def batch(run: training.Run) -> Any:
+    def batch(run: Run) -> Any:
         if run.step == 3 and ranks.rank == 1:
             signal.raise_signal(signal.SIGTERM)
         return draw(run)
 
-    training.Run.batch = batch  # type: ignore[method-assign]
+    Run.batch = batch  # type: ignore[method-assign]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run(ranks, folder=Path(folder), optimizer__name="kfac", train__checkpoint_every=100)

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from mupx import scaling, training
 from mupx.checks import coordinate, fits
+from mupx.run import Run
 from mupx.scaling import Power
-from mupx.training import Run
 from tests.checks.settings import Setup, experiment
 
 WIDTHS = (64, 128, 256)

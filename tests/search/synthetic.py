@@ -140,7 +140,7 @@ def install(setitem, setattr_):
     """Put this module in the place of what trains."""
     import mupx.parametrization  # while what it needs of mupx.parts is still there
 
-    for name in ("training", "parts", "population", "stackable"):
+    for name in ("training", "run", "parts", "population", "stackable"):
         setitem(sys.modules, f"mupx.{name}", sys.modules[__name__])
         setattr_(mupx, name, sys.modules[__name__])
 
