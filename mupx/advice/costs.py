@@ -464,7 +464,7 @@ COSTS: Mapping[str, Declared] = {
     "lion": Declared(lion),
     "adam-atan2": Declared(adamw),
     "muon": Declared(muon),
-    "soap": Declared(soap, refreshes=True),
+    "soap": Declared(soap, refreshes=True, compared=True),
     "soap-left": Declared(partial(soap, sides="L"), refreshes=True),
     "soap-right": Declared(partial(soap, sides="R"), refreshes=True),
     "psgd": Declared(psgd),
