@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mupx.errors import UsageError
 from mupx.layer_rows import UNFOLDED
-from mupx.linalg import Scalar, gram
+from mupx.linalg import gram
 from mupx.lowrank import Thin
 
 
@@ -145,10 +145,13 @@ class FactorRows(FactorSums):
                 add(each)
             rows.clear()
 
-    def unscaled(self, side: str) -> tuple[Tensor, Scalar] | None:
+    def unscaled(self, side: str) -> tuple[Tensor, Tensor] | None:
         """Return a thin F ``[d, n]`` and c with F Fᵀ / c = the factor, or None where rows were summed up."""
         rows, count = {"A": (self.h, self.input_count), "B": (self.delta, self.output_count)}[side]
-        return (joined(rows).mT, count) if rows else None
+        if not rows:
+            return None
+        F = joined(rows).mT
+        return F, torch.as_tensor(count, dtype=F.dtype, device=F.device)
 
     def columns(self, side: str) -> Tensor | None:
         """Return a thin F ``[d, n]`` with F Fᵀ = the factor, or None where the rows were summed up."""
@@ -156,7 +159,7 @@ class FactorRows(FactorSums):
         if found is None:
             return None
         F, count = found
-        return F / torch.as_tensor(count, dtype=F.dtype, device=F.device).sqrt()
+        return F / count.sqrt()
 
     def factor(self, side: str) -> Tensor:
         """Return A or B, as :meth:`FactorSums.factor`."""

@@ -110,7 +110,7 @@ class Thin(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """N."""
+        """How many rows D and H have."""
         return len(self.D)
 
 

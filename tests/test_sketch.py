@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mupx import sketch
+from mupx.factor_sums import FactorRows
 from mupx.lowrank import Columns, Spanned, factor_in, inverse, kept_in
 from mupx.lowrank import averaged as averaged_columns
 from mupx.preconditioning import clear_side, damped_side
@@ -160,3 +161,13 @@ def test_the_state_gives_back_what_it_was_given() -> None:
     sketch.give_up(state, "A")
     assert sketch.sketch_in(state, "A") is None
     assert sketch.was_given_up(state, "A")
+
+
+@pytest.mark.parametrize("count", [0.0, torch.zeros(())])  # a number where ranks have added up
+def test_a_batch_without_a_target_that_counts_is_no_average(count: float | Tensor) -> None:
+    rows = FactorRows(limit=9, h=[torch.ones(4, D)], input_count=count)
+    found = rows.unscaled("A")
+    assert found is not None
+    F, total = found
+    assert averaged(begun(None, F), F, 0.5, 0.5 / total) is None
+    assert averaged(begun(None, F), F, 0.5, 0.5 / (total + 1)) is not None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mupx import sketch
 from mupx.factor_sums import FactorRows, FactorSums
-from mupx.linalg import Scalar
 from mupx.lowrank import (
     CHOLESKY,
     SMALLEST,
@@ -212,7 +211,7 @@ class Kronecker(Captured):
         side: str,
         old: Columns | Spanned | None,
         new: Tensor,
-        count: Scalar,
+        count: Tensor,
         weight: float,
     ) -> Spanned:
         """Average new columns into a sketch; what is not finite leaves it as it was, for one step of zero."""
