@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mupx.api import advise, train, transfer, tune, verify
-    from mupx.config import Experiment, Hyperparameters
+    from mupx.config import Experiment
     from mupx.groups import lr_factor
     from mupx.parametrization import param_groups, parametrize
     from mupx.recipe import Recipe
+    from mupx.sections import Hyperparameters
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "Experiment": "mupx.config",
-    "Hyperparameters": "mupx.config",
+    "Hyperparameters": "mupx.sections",
     "Recipe": "mupx.recipe",
     "advise": "mupx.api",
     "lr_factor": "mupx.groups",

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from mupx import recipe as recipes
-from mupx.config import Experiment, Hyperparameters, Range, parse
+from mupx.config import Experiment, parse
 from mupx.dotted import merge
 from mupx.errors import UsageError, unknown_name
 from mupx.locks import held
 from mupx.recipe import Recipe
+from mupx.sections import Hyperparameters, Range
 from mupx.usercode import hand_over, is_loaded
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupx.config import DepthConfig, Experiment
+from mupx.config import Experiment
 from mupx.errors import MismatchError, UsageError
 from mupx.layers import Parameter
 from mupx.roles import Factory, describe
 from mupx.scaling import find_parametrization
+from mupx.sections import DepthConfig
 
 INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a name that counts blocks
 SAME = ("kind", "role", "shape", "doubled", "in_axes", "out_axes", "growing_head")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mupx import config, dotted
 from mupx.blame import arguments
-from mupx.config import Experiment, Hyperparameters, OptimizerConfig
+from mupx.config import Experiment
 from mupx.depth import Source, depth_arguments, describe_at_depth
 from mupx.errors import UsageError, unknown_name
 from mupx.groups import (
@@ -44,6 +44,7 @@ from mupx.plain_loss import PlainLoss, find_loss, no_likelihood
 from mupx.refresh import Refresh, parse_refresh
 from mupx.roles import Factory, initial_std, own_std
 from mupx.scaling import find_parametrization
+from mupx.sections import Hyperparameters, OptimizerConfig
 from mupx.usercode import is_reference
 
 __all__ = [

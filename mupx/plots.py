@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullLocator
 
-from mupx.config import Range
 from mupx.files import replacing
+from mupx.sections import Range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

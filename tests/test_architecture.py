@@ -31,6 +31,7 @@ LEVELS = {
     "mupx.signals": 0,
     "mupx.refresh": 0,
     "mupx.settling": 2,
+    "mupx.sections": 1,
     "mupx.config": 1,
     "mupx.layers": 1,
     "mupx.interop": 1,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mupx.config import Experiment, Range, load, parse, parse_range
+from mupx.config import Experiment, load, parse, parse_range
 from mupx.dotted import (
     assignments,
     differences,
@@ -22,6 +22,7 @@ from mupx.dotted import (
     refuse_difference,
 )
 from mupx.errors import MismatchError, NotFoundError, UsageError
+from mupx.sections import Range
 from tests.strategies import experiments
 
 

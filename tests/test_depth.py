@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mupx
 from mupx import parts
-from mupx.config import DepthConfig, Experiment, parse
+from mupx.config import Experiment, parse
 from mupx.datasets.base import Dataset
 from mupx.datasets.given import dataset_from
 from mupx.depth import Source, completed, deepened
@@ -22,6 +22,7 @@ from mupx.errors import MismatchError, MupxError, UsageError
 from mupx.recipe import Recipe, read
 from mupx.roles import describe
 from mupx.run import Run
+from mupx.sections import DepthConfig
 from tests.optim.training import build
 
 CLASSES, D_IN = 5, 12

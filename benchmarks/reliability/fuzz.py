@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps import read_rows, set_threads, write_rows
 
-from mupx import checkpoint, config, parts, recipe, report
+from mupx import checkpoint, config, parts, recipe, report, sections
 from mupx.cli import app
 from mupx.datasets.cifar import Source, parse_batch, read_archive
 from mupx.datasets.files import read_unpacked, unpack
@@ -469,7 +469,7 @@ def by_hypothesis(fuzzer: Fuzzer, count: int, seed: int) -> None:
 
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     names = st.sampled_from(
-        [*config.Experiment.model_fields, *config.TrainConfig.model_fields, "schema", "name", "step"]
+        [*config.Experiment.model_fields, *sections.TrainConfig.model_fields, "schema", "name", "step"]
     )
     tree = st.recursive(
         leaves,
@@ -550,7 +550,7 @@ def atheris_child(target: Target, fuzzer: Fuzzer, count: int, seed: int, csv: Pa
     with tempfile.TemporaryDirectory() as corpus:
         for i, example in enumerate(target.examples):
             (Path(corpus) / str(i)).write_bytes(example)
-        for module in (config, recipe, checkpoint, report):
+        for module in (config, sections, recipe, checkpoint, report):
             for name, member in vars(module).items():
                 if (
                     callable(member)

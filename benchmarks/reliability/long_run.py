@@ -56,8 +56,8 @@ def by_mupx(sampler: str, trials: int, folder: Path, row: Callable[[int], None])
 
 def by_optuna(sampler: str, trials: int, folder: Path, row: Callable[[int], None]) -> None:
     """Ask and tell with Optuna alone."""
-    from mupx.config import Hyperparameters, Range
     from mupx.search import sampling
+    from mupx.sections import Hyperparameters, Range
     from mupx.study import file_url, open_study
 
     space = {name: Range(**ends) for name, ends in SPACE.items()}

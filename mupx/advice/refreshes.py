@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mupx.config import OptimizerConfig
 from mupx.refresh import Intervals, Schedule, parse_refresh, refresh_interval, refresh_steps
+from mupx.sections import OptimizerConfig
 
 FREQUENT, SAFE, LEAST = 10, 0.003, 0.001  # steps between refreshes at first; fractions of the training
 LATER = (30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # intervals; no longer one was tried

@@ -20,6 +20,7 @@ from mupx.errors import UsageError, unknown_name
 from mupx.models import MODELS
 from mupx.optim import OPTIMIZERS
 from mupx.scaling import PARAMETRIZATIONS, find_parametrization
+from mupx.sections import LOSSES
 from mupx.usercode import is_reference, place
 
 WHAT, HOW, WHERE = "What is trained", "How it is searched", "Where and how to run"
@@ -69,7 +70,7 @@ Storage = Annotated[
 OWN = "or file.py:attribute"
 Model = Annotated[str | None, flag("--model", panel=WHAT, help=f"One of: {known(MODELS)}; {OWN}.")]
 Data = Annotated[str | None, flag("--data", panel=WHAT, help=f"One of: {known(DATASETS)}; {OWN}.")]
-Loss = Annotated[str | None, flag("--loss", panel=WHAT, help=f"One of: {known(config.LOSSES)}; {OWN}.")]
+Loss = Annotated[str | None, flag("--loss", panel=WHAT, help=f"One of: {known(LOSSES)}; {OWN}.")]
 AllowCode = Annotated[
     list[str] | None,
     flag(

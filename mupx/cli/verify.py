@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mupx import config as configs
 from mupx import dotted
 from mupx import recipe as recipes
 from mupx.cli import _options as o
@@ -16,6 +15,7 @@ from mupx.cli._console import note, print_json, print_table, progress, say, warn
 from mupx.config import Experiment
 from mupx.errors import CheckFailedError, StorageError, UsageError
 from mupx.locks import held
+from mupx.sections import Range
 
 if TYPE_CHECKING:
     from mupx.checks.result import Report, Sweep
@@ -150,7 +150,7 @@ def _centred(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     file = dotted.merge(sources[0], {})
     space = file.get("search", {}).pop("space", {}) if isinstance(file.get("search"), dict) else {}
     for name, given in space.items():
-        centre = configs.Range.model_validate(given).centre
+        centre = Range.model_validate(given).centre
         if name not in file.get("hyperparameters", {}):
             note(f"{name} is a range: its centre {centre:.4g} is verified; a fixed value sets another")
             file = dotted.merge(file, {f"hyperparameters.{name}": centre})

@@ -7,11 +7,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mupx.config import Declaration, declare
+from mupx.config import declare
 from mupx.errors import MismatchError, UsageError
 from mupx.layers import Shape
 from mupx.roles.axes import Layout, kind_of_axes
 from mupx.scaling import Role
+from mupx.sections import Declaration
 
 
 def declared(names: Mapping[str, tuple[str, ...]], overrides: Mapping[str, Any]) -> dict[str, Declaration]:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mupx.config import Declaration
 from mupx.errors import MismatchError, UsageError
 from mupx.layers import Parameter, require_growth
 from mupx.roles.axes import NORMS, Layout, factorable, growing_axes, layout_of
@@ -25,6 +24,7 @@ from mupx.roles.initial import initial_std
 from mupx.roles.sharing import Shared, functional_head, shared_layout, shared_names, tied_module
 from mupx.roles.tracing import Trace, trace_forward
 from mupx.scaling import FACTORED, Role
+from mupx.sections import Declaration
 
 QUERY_NORM = re.compile(r"(^|_)(q|qk|query)_?(norm|ln)|(norm|ln)_?(q|qk|query)($|_)")
 
@@ -41,7 +41,7 @@ def describe(
     Args:
         build: Factory of the model, ``build(width)``.
         base_width: The width at which multipliers are 1.
-        overrides: Name pattern (``*`` and ``?``) → role or :class:`~mupx.config.Declaration`, for what
+        overrides: Name pattern (``*`` and ``?``) → role or :class:`~mupx.sections.Declaration`, for what
             shapes cannot tell.
         example: A batch of inputs; with it the read-out is the last one used in a traced forward pass,
             without it the last one in order of registration.

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from mupx.config import Hyperparameters
 from mupx.leases import VERDICTS
 from mupx.search import sampling
 from mupx.search.objective import Evaluation, MemberReport, Outcome, together_or_none
 from mupx.search.trials import Ended, TrialInfo
+from mupx.sections import Hyperparameters
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mupx import config
-from mupx.config import Experiment, Hyperparameters, Range
+from mupx.config import Experiment
 from mupx.errors import MismatchError, NoResultError, NotFoundError, UsageError
 from mupx.layers import Parameter
 from mupx.recipe import Recipe
 from mupx.search import confirmation
 from mupx.search.sampling import Box, unit
+from mupx.sections import Hyperparameters, Range
 from mupx.study import finished
 
 if TYPE_CHECKING:

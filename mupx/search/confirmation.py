@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mupx.config import Hyperparameters
 from mupx.search.objective import Outcome, Proxy, together_or_none, told_value
+from mupx.sections import Hyperparameters
 from mupx.study import finished
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.pruners import NopPruner
 from optuna.trial import FrozenTrial, TrialState
 
-from mupx.config import Experiment, Hyperparameters
+from mupx.config import Experiment
 from mupx.errors import NotFoundError, StorageError, UsageError
 from mupx.leases import LEASE, Leases, alive
 from mupx.locks import LOCK, refuse_held
@@ -21,6 +21,7 @@ from mupx.search.objective import Evaluation, Foreign
 from mupx.search.pool import Pool, command
 from mupx.search.trials import TrialInfo
 from mupx.search.worker import Progress, Search, Stepped
+from mupx.sections import Hyperparameters
 from mupx.storage import patiently, redact, require_shared, storage_errors
 from mupx.study import default_url, finished, locate, note, noted_name, open_study, unused_name
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mupx.config import Experiment, Hyperparameters
+from mupx.config import Experiment
 from mupx.errors import MupxError, UserCodeError
 from mupx.layers import Parameter
 from mupx.recipe import Recipe
+from mupx.sections import Hyperparameters
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -19,10 +19,11 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from mupx.config import Experiment, Range
+from mupx.config import Experiment
 from mupx.errors import UsageError, unknown_name
 from mupx.optim import OPTIMIZERS
 from mupx.scaling import GRAFTED, find_rule
+from mupx.sections import Range
 from mupx.usercode import is_reference
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 from optuna.trial import TrialState
 
 from mupx import bulk
-from mupx.config import Experiment, Hyperparameters
+from mupx.config import Experiment
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
 from mupx.leases import LEASE, Leases, reap
 from mupx.search import sampling, slots
 from mupx.search.batch import BatchEvaluation, run_batch
 from mupx.search.objective import Evaluation, Outcome, stops_the_search, told_value
 from mupx.search.trials import Complete, Ended, Reached, Reporter, TrialInfo, said
+from mupx.sections import Hyperparameters
 from mupx.storage import patiently, storage_errors
 from mupx.turns import turn
 

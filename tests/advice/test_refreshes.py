@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mupx.advice.refreshes import LATER, configured_interval, count_refreshes, recommended
-from mupx.config import OptimizerConfig
 from mupx.optim import OPTIMIZERS
+from mupx.sections import OptimizerConfig
 
 
 @pytest.mark.parametrize(

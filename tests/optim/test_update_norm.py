@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mupx
-from mupx import config, update_norm
+from mupx import config, sections, update_norm
 from mupx.errors import UsageError
 from mupx.optim import KFAC, SOAP, Shampoo
 from mupx.optim.base import adam_direction
@@ -272,5 +272,5 @@ def test_one_step_has_its_order_in_width(name: str, options: dict[str, Any]) -> 
     rule, damping = RHO[name]
     setup, step = (name, rule, 0.01, damping), 2 if name == "soap" else 1
     assert largest_off(setup, step=step, **options) < TOLERANCE
-    with patch.object(config, "grafted", lambda host, guest: guest):  # the ungrafted rule
+    with patch.object(sections, "grafted", lambda host, guest: guest):  # the ungrafted rule
         assert largest_off(setup, step=step, **options) > 2 * TOLERANCE

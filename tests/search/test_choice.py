@@ -6,9 +6,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
-from mupx.config import Experiment, Hyperparameters, Range, parse_range
+from mupx.config import Experiment, parse_range
 from mupx.errors import MismatchError, NoResultError, NotFoundError, UsageError
 from mupx.search import choice, sampling
+from mupx.sections import Hyperparameters, Range
 
 LOG = Range(low=1e-3, high=10.0)
 EXPERIMENT = Experiment().updated({"search.space": {"lr": LOG.model_dump()}})

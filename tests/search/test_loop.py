@@ -15,9 +15,9 @@ from optuna.trial import TrialState
 
 from mupx import leases, processes, recipe, storage
 from mupx import study as store
-from mupx.config import Hyperparameters
 from mupx.errors import MismatchError, NoResultError, StorageError, UsageError
 from mupx.search import choice, loop, sampling, worker
+from mupx.sections import Hyperparameters
 
 from . import synthetic
 

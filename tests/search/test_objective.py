@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mupx.config import Hyperparameters
 from mupx.search.objective import Foreign, Outcome, Proxy, told_value, without_test
+from mupx.sections import Hyperparameters
 
 from . import synthetic
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from mupx.config import Experiment, Hyperparameters, Range
+from mupx.config import Experiment
 from mupx.errors import UsageError
 from mupx.optim import OPTIMIZERS
 from mupx.search import sampling
 from mupx.search.slots import Ledger
+from mupx.sections import Hyperparameters, Range
 from tests.search.synthetic import suggest
 
 BOX = {"lr": Range(low=1e-3, high=10.0), "momentum": Range(low=0.0, high=0.98, log=False)}
