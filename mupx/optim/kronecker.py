@@ -185,13 +185,13 @@ class Kronecker(Captured):
         """Average one side's new factor in; columns stay columns until they no longer pay."""
         old = kept_in(state, side)
         thin = damped and self.statistics is None
-        rows = sums.unscaled(side) if thin and isinstance(sums, FactorRows) else None
-        if isinstance(sums, FactorRows) and rows is not None and side not in state:
+        found = sums.unscaled(side) if thin and isinstance(sums, FactorRows) else None
+        if isinstance(sums, FactorRows) and found is not None and side not in state:
+            rows, count = found
             weight = average_weight(self.ema, seen, gap) if old is not None else 1.0
-            if self._sketches(state, side, rows[0], old):
-                return self._sketched(state, side, old, *rows, weight)
-            new = sums.columns(side)
-            assert new is not None
+            if self._sketches(state, side, rows, old):
+                return self._sketched(state, side, old, rows, count, weight)
+            new = rows / count.sqrt()
             if stands_alone(new.shape[0], new.shape[1], self.solver, self.ema, self.refresh == 1):
                 sums.alone.add(side)
                 return alone(new)
