@@ -96,7 +96,7 @@ class LowRank(NamedTuple):
 
 
 class Thin(NamedTuple):
-    """A gradient G = c Dᵀ H of n rows, not multiplied out.
+    """A gradient, or an update made of it, of n rows: G = c Dᵀ H ``[d_out, d_in]``, not multiplied out.
 
     Attributes:
         D: ``[n, d_out]``.
@@ -112,6 +112,15 @@ class Thin(NamedTuple):
     def rows(self) -> int:
         """How many rows D and H have."""
         return len(self.D)
+
+    @property
+    def product(self) -> Tensor:
+        """G, multiplied out."""
+        return torch.addmm(self.D.new_zeros(()), self.D.mT, self.H, beta=0, alpha=self.factor)
+
+    def add_to(self, matrix: Tensor, keep: float, weight: float) -> None:
+        """Do M ← keep · M + weight · G in one pass over M, and with no other matrix of its size."""
+        matrix.addmm_(self.D.mT, self.H, beta=keep, alpha=weight * self.factor)
 
 
 def averaged(old: Columns | None, new: Tensor, keep: float, weight: float) -> Columns:

@@ -193,18 +193,18 @@ def times(matrix: Tensor, operator: Operator) -> Tensor:
     return matrix @ operator if isinstance(operator, Tensor) else (operator @ matrix.mT).mT
 
 
-def thin_update(left: Operator, gradient: Thin, right: Operator) -> Tensor:
-    """Return P G Q ``[d_out, d_in]`` for a thin G, without a product of two large matrices.
+def thin_update(left: Operator, gradient: Thin, right: Operator) -> Thin:
+    """Return P G Q for a thin G, without a product of two large matrices.
 
     Args:
         left: P, ``[d_out, d_out]``.
         gradient: G.
         right: Q, ``[d_in, d_in]``.
     """
-    return _product(left @ gradient.D.mT, times(gradient.H, right), gradient.factor)
+    return Thin((left @ gradient.D.mT).mT, times(gradient.H, right), gradient.factor)
 
 
-def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Tensor:
+def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Thin:
     """Return P G Q for G = c Dᵀ H, where D and H are the very rows that P and Q are the inverses of.
 
     (B + ρ_B)⁻¹ Dᵀ = Dᵀ W_B and H (A + ρ_A)⁻¹ = W_A H with W ``[n, n]``, so that of the two products with
@@ -217,11 +217,7 @@ def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Tensor:
     """
     D, H, factor = gradient
     W = lowrank.on_own_columns(left) @ lowrank.on_own_columns(right)
-    return _product(D.mT @ W, H, factor) if D.shape[1] < H.shape[1] else _product(D.mT, W @ H, factor)
-
-
-def _product(X: Tensor, Y: Tensor, factor: float) -> Tensor:
-    return torch.addmm(X.new_zeros(()), X, Y, beta=0, alpha=factor)
+    return Thin(W.mT @ D, H, factor) if D.shape[1] < H.shape[1] else Thin(D, W @ H, factor)
 
 
 def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -> bool:

@@ -181,11 +181,21 @@ def test_a_gradient_of_the_factors_own_rows_is_preconditioned_within_them(d_out:
     left, right = (inverse(alone(0.5 * rows.mT), ridge)[0] for rows in (D, H))
     B, A = (linalg.add_ridge(0.25 * rows.mT @ rows, ridge) for rows in (D, H))
     wanted = torch.linalg.solve(B, D.mT @ H) @ torch.linalg.inv(A)
-    torch.testing.assert_close(own_update(left, Thin(D, H, 3.0), right), 3 * wanted)
+    torch.testing.assert_close(own_update(left, Thin(D, H, 3.0), right).product, 3 * wanted)
     other, _ = inverse(alone(columns(2)[:d_in]), ridge)
-    assert not torch.allclose(own_update(left, Thin(D, H), other), wanted, rtol=1e-2)
+    assert not torch.allclose(own_update(left, Thin(D, H), other).product, wanted, rtol=1e-2)
     nothing, _ = inverse(alone(0.0 * D.mT), ridge)
-    assert not own_update(nothing, Thin(D, H), right).any()
+    assert not own_update(nothing, Thin(D, H), right).product.any()
+
+
+@pytest.mark.parametrize(("keep", "weight"), [(1.0, -0.1), (0.9, 2.0), (0.0, 1.0)])
+def test_a_thin_product_is_added_as_if_it_were_multiplied_out(keep: float, weight: float) -> None:
+    matrix = columns(2, 20)
+    thin, before = Thin(columns(0).mT, columns(1)[:20].mT, 3.0), matrix.clone()
+    torch.testing.assert_close(thin.product, 3 * thin.D.mT @ thin.H)
+    thin.add_to(matrix, keep, weight)
+    torch.testing.assert_close(matrix, keep * before + weight * thin.product)
+    assert not torch.allclose(matrix, keep * before + weight * thin._replace(factor=1.0).product)
 
 
 @pytest.mark.parametrize("spoilt", [0.0, torch.nan, torch.inf])

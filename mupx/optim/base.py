@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo  # as torch.optim: imports the compil
 from mupx.errors import UsageError
 from mupx.gradients import all_finite, name_in, require_dense, require_real
 from mupx.linalg import Scalar, counting_repairs, finite, over
+from mupx.lowrank import Thin
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
@@ -29,6 +30,7 @@ from mupx.scaling import WeightDecayMode, find_rule
 from mupx.update_norm import SIZES, asks_for_size, sized
 
 Groups = Iterable[Any]
+Update = Tensor | Thin  # of a parameter's shape, or of its shape as a matrix
 
 
 class Scale(NamedTuple):
@@ -132,7 +134,7 @@ class Base(torch.optim.Optimizer):
         group.setdefault("reference_lr", _copied(group["lr"]))
 
     @abstractmethod
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return u such that the step is W ← W − lr·u; runs without autograd."""
 
     def before_step(self) -> None:
@@ -223,19 +225,25 @@ class Base(torch.optim.Optimizer):
 
     def update_of(
         self, parameter: Tensor, group: dict[str, Any], decayed: tuple[Scalar, Tensor]
-    ) -> tuple[Scalar, Tensor]:
+    ) -> tuple[Scalar, Update]:
         """Return (factor on the weights, direction) from (that factor, the gradient)."""
         factor, gradient = decayed
         direct = self.adam if group["algorithm"] != self.algorithm else self.direction
         with self.repairing(parameter):
             return factor, direct(parameter, gradient, group)
 
-    def move(self, parameter: Tensor, group: dict[str, Any], factor: Scalar, update: Tensor) -> None:
+    def move(self, parameter: Tensor, group: dict[str, Any], factor: Scalar, update: Update) -> None:
         """Do W ← factor · W − lr · u."""
-        if not (isinstance(factor, float) and factor == 1.0):
-            parameter.mul_(factor)
         fallback = group["algorithm"] != self.algorithm
         lr = group["lr"] if fallback else self.step_size(parameter, group)
+        if isinstance(update, Thin):
+            plain = parameter.is_contiguous() and parameter.dtype == update.D.dtype
+            if plain and not isinstance(lr, Tensor) and not isinstance(factor, Tensor):
+                update.add_to(parameter.flatten(1), factor, -lr)
+                return
+            update = multiplied(update, parameter)
+        if not (isinstance(factor, float) and factor == 1.0):
+            parameter.mul_(factor)
         if isinstance(lr, Tensor):
             parameter.sub_(lr.to(update.dtype) * update)
         else:
@@ -321,12 +329,20 @@ class Base(torch.optim.Optimizer):
         diagonal: Tensor = corrected.sqrt() + over(group["eps"], corrected)
         return vector * diagonal if inverse else vector / diagonal
 
-    def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
+    @overload
+    def momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor: ...
+    @overload
+    def momentum(self, parameter: Tensor, update: Update, group: dict[str, Any]) -> Update: ...
+    def momentum(self, parameter: Tensor, update: Update, group: dict[str, Any]) -> Update:
         """Return the heavy-ball buffer after adding ``update`` in the size that the group asks for."""
         momentum = group["momentum"]
+        still = isinstance(momentum, float) and momentum == 0.0
+        if still and not asks_for_size(group):
+            return update
+        update = multiplied(update, parameter)
         if asks_for_size(group):
             update = sized(update, self._gradient(parameter, group), self.state[parameter], group)
-        if isinstance(momentum, float) and momentum == 0.0:
+        if still:
             return update
         state = self.state[parameter]
         buffer = state["momentum_buffer"] = heavy_ball(update, state.get("momentum_buffer"), momentum)
@@ -342,6 +358,11 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "weight_decay_mode": "independent",
 }
+
+
+def multiplied(update: Update, parameter: Tensor) -> Tensor:
+    """Return an update in its parameter's shape."""
+    return update.product.view(parameter.shape) if isinstance(update, Thin) else update
 
 
 def split_ridge(damping: float, ratio: float) -> tuple[float, float]:

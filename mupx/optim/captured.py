@@ -26,6 +26,7 @@ from mupx.optim.base import (
     DEFAULTS,
     Groups,
     Refresh,
+    Update,
     require_choice,
     require_refresh,
     sort_groups,
@@ -260,13 +261,14 @@ class Captured(Divided):
             groups: Parameter id → its group.
         """
 
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return the momentum of the preconditioned gradient."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         if id(parameter) in self._layers:
-            flat = self.precondition_weight(parameter, gradient.flatten(1), group)
-            return self.momentum(parameter, flat.view_as(gradient), group)
+            update = self.precondition_weight(parameter, gradient.flatten(1), group)
+            shaped = update.view_as(gradient) if isinstance(update, Tensor) else update
+            return self.momentum(parameter, shaped, group)
         weight = self._bias_owner[id(parameter)].weight
         if weight.grad is None and self.bias_needs_weight:
             raise UsageError(
@@ -277,7 +279,7 @@ class Captured(Divided):
         return self.momentum(parameter, self.precondition_bias(weight, gradient, group), group)
 
     @abstractmethod
-    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return the update of a weight gradient flattened to ``[d_out, d_in]``."""
 
     @abstractmethod

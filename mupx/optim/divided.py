@@ -25,7 +25,7 @@ from mupx.distributed.assignment import assigned, cubes
 from mupx.distributed.communicator import Communicator, found, packed, unpacked
 from mupx.distributed.sharding import from_local, local, rows_of, shaped_like, sharded, whole
 from mupx.errors import MismatchError
-from mupx.optim.base import Base
+from mupx.optim.base import Base, multiplied
 from mupx.refresh import Intervals, Refresh
 
 Moving = Sequence[tuple[Tensor, dict[str, Any]]]
@@ -194,8 +194,9 @@ class Divided(Base):
             factor, gradient = self._decayed(parameter, group)
             gradient = self._whole.get(id(parameter), gradient)
             factor, update = self.update_of(parameter, group, (factor, gradient))
-            joined = id(parameter) in self._whole
-            self.move(parameter, group, factor, shaped_like(update, parameter) if joined else update)
+            if id(parameter) in self._whole:
+                update = shaped_like(multiplied(update, parameter), parameter)
+            self.move(parameter, group, factor, update)
         self._whole = {}
 
     def _move_divided(self, divided: Moving) -> None:
@@ -211,7 +212,7 @@ class Divided(Base):
             return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         factor, gradient = self._decayed(parameter, group)
         gradient = self._whole.get(id(parameter), gradient)
-        return self.update_of(parameter, group, (factor, gradient))[1]
+        return multiplied(self.update_of(parameter, group, (factor, gradient))[1], parameter)
 
     def _exchanged(self, divided: Moving, updates: list[Tensor]) -> list[Tensor]:
         """Return the owners' updates in the form of the parameters."""

@@ -24,7 +24,7 @@ from mupx.factor_sums import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
 from mupx.lowrank import LowRank, factor_in
-from mupx.optim.base import Groups, Refresh, Scale, split_ridge
+from mupx.optim.base import Groups, Refresh, Scale, Update, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Factor,
@@ -170,7 +170,7 @@ class KFAC(Kronecker):
         A, B = factors["A"], factors["B"]
         return build_solver(A, B, ridge_A, ridge_B, bias_ridge, self.damping_rule, solved)
 
-    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return (B + ρ_B)⁻¹ G (A + ρ_A)⁻¹, by thin products where they pay."""
         state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
         if self._thin and isinstance(rows, FactorRows):

@@ -45,6 +45,7 @@ from mupx.optim.base import (
     Groups,
     Refresh,
     Scale,
+    Update,
     average_weight,
     finite_or,
     require_choice,
@@ -291,22 +292,23 @@ class Shampoo(Blockwise):
         if stale:
             state["refreshed_at"] = step
 
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return the momentum of L^-¼ G R^-¼, for all blocks of one shape at once."""
         state, matrix = self.state[parameter], gradient.flatten(1)
         thin = self._thin_gradient(parameter, matrix)
         self._rows.pop(self._names.get(id(parameter), ""), None)
         self._thin.pop(id(parameter), None)
-        update = matrix.new_empty(matrix.shape)
-        for index, tile in enumerate(self.tiles(parameter)):
-            left, right = _root_in(state, f"L{index}"), _root_in(state, f"R{index}")
-            d_out, d_in = matrix.shape
-            if thin is not None and thin_pays(left, right, (d_out, d_in), thin.rows):
-                update = thin_update(left, thin, right)
-            else:
-                tile.paste(times(left @ tile.cut(matrix), right), update)
+        tiles, (d_out, d_in) = self.tiles(parameter), matrix.shape
+        roots = [(_root_in(state, f"L{index}"), _root_in(state, f"R{index}")) for index in range(len(tiles))]
+        if thin is not None and thin_pays(*roots[0], (d_out, d_in), thin.rows):
+            update: Update = thin_update(roots[0][0], thin, roots[0][1])
+        else:
+            flat = matrix.new_empty(matrix.shape)
+            for tile, (left, right) in zip(tiles, roots, strict=True):
+                tile.paste(times(left @ tile.cut(matrix), right), flat)
+            update = flat.view_as(gradient)
         state["step"] = state.get("step", 0) + 1
-        return self.momentum(parameter, update.view_as(gradient), group)
+        return self.momentum(parameter, update, group)
 
     def solver_size(self, parameter: Tensor) -> int:
         """Return the entries of the roots of all blocks."""

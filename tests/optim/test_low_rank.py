@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mupx import curvature
 from mupx.factor_sums import FactorRows
@@ -351,6 +352,79 @@ def test_thin_updates_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [WIDTH] * STEPS  # the hidden layer at every step, refreshed or not
 
 
+def set_groups(optimizer: Base, **values: Any) -> None:
+    for group in optimizer.param_groups:
+        group.update(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"weight_decay": 0.3},
+        {"weight_decay": 20.0, "weight_decay_mode": "adamw"},
+        {"weight_decay": torch.tensor(0.3)},
+        {"lr": torch.tensor(0.02, dtype=torch.double)},
+        {"momentum": 0.9},
+        {"graft": "sgd"},
+        {"normalise": "spectral"},
+    ],
+)
+@pytest.mark.parametrize("name", ["kfac trace", "kfac batch only", "shampoo relative"])
+@pytest.mark.usefixtures("nothing_dropped")
+def test_a_thin_update_moves_as_its_product_does(
+    name: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(solver: str) -> nn.Module:
+        model = net()
+        optimizer = OPTIMIZERS[name](model, solver)
+        set_groups(optimizer, **values)
+        step_on(model, optimizer, range(4))
+        return model
+
+    dense = trained("dense")
+    assert distance(trained("low-rank"), dense) < 1e-9
+    moved: list[bool] = []
+
+    def wrong(self: Thin, matrix: Tensor, keep: float, weight: float) -> None:
+        matrix.addmm_(self.D.mT, self.H, alpha=0.9 * weight * self.factor)  # too short, and no decay
+        moved.append(True)
+
+    monkeypatch.setattr(Thin, "add_to", wrong)
+    far = distance(trained("low-rank"), dense) > 1e-4
+    plain = not any(isinstance(value, Tensor) for value in values.values())
+    assert far == bool(moved) == (plain and not {"momentum", "graft", "normalise"} & {*values})
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the tensors of one shape that operations make anew."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.made = shape, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            memory = (each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor))
+            self.made += result.data_ptr() not in memory  # neither a view nor in place
+        return result
+
+
+@pytest.mark.parametrize(("momentum", "some"), [(0.0, False), (0.9, True)])
+@pytest.mark.parametrize("name", ["kfac trace", "kfac batch only", "shampoo relative"])
+def test_a_thin_update_is_never_multiplied_out(name: str, momentum: float, some: bool) -> None:
+    model = net()
+    optimizer = OPTIMIZERS[name](model, "low-rank")
+    set_groups(optimizer, momentum=momentum)
+    x, y = batch(0)
+    with optimizer.curvature(y):
+        F.cross_entropy(model(x), y).backward()
+    with Sizes((WIDTH, WIDTH)) as sizes:
+        optimizer.step()
+    assert bool(sizes.made) == some
+
+
 @pytest.mark.parametrize(("ema", "refresh", "is_alone"), [(0.0, 1, True), (0.0, 2, False), (0.5, 1, False)])
 def test_only_rows_that_are_the_whole_curvature_are_preconditioned_within_themselves(
     ema: float, refresh: int, is_alone: bool, monkeypatch: pytest.MonkeyPatch
@@ -358,7 +432,7 @@ def test_only_rows_that_are_the_whole_curvature_are_preconditioned_within_themse
     seen: list[int] = []
     true = kfac.own_update
 
-    def counted(*operands: Any) -> Tensor:
+    def counted(*operands: Any) -> Thin:
         seen.append(operands[1].rows)
         return true(*operands)
 
