@@ -19,7 +19,7 @@ which works under ``torch.func.grad`` and ``vmap``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -195,6 +195,7 @@ def functional_gradients(
     inputs: Tensor,
     targets: Tensor,
     probes: Mapping[str, Tensor],
+    but: Collection[str] = (),
 ) -> Captured:
     """Return gradients, layer inputs and signals as one pure function, for ``torch.func`` and ``vmap``.
 
@@ -205,7 +206,10 @@ def functional_gradients(
         inputs: One batch.
         targets: Its targets.
         probes: Layer name → zeros of the layer's output shape (see :func:`zero_probes`).
+        but: Parameters whose gradient is left out.
     """
+    constant = {name: value for name, value in parameters.items() if name in but}
+    varied = {name: value for name, value in parameters.items() if name not in but}
     layers = {name: model.get_submodule(name) for name in probes}
     terms = torch.as_tensor(loss.normaliser(targets), device=inputs.device)
     mask = loss.mask(targets)
@@ -229,7 +233,7 @@ def functional_gradients(
 
         handles = [layer.register_forward_hook(probe(name)) for name, layer in layers.items()]
         try:
-            outputs = torch.func.functional_call(model, dict(values), (inputs,))
+            outputs = torch.func.functional_call(model, {**values, **constant}, (inputs,))
         finally:
             for handle in handles:
                 handle.remove()
@@ -237,7 +241,7 @@ def functional_gradients(
 
     (gradients, signals), (value, (rows, weights, outputs)) = torch.func.grad_and_value(
         forward, argnums=(0, 1), has_aux=True
-    )(parameters, probes)
+    )(varied, probes)
     signals = {name: output_rows(layers[name], signal) for name, signal in signals.items()}
     return Captured(gradients, rows, signals, weights, value, outputs, terms)
 

@@ -18,9 +18,10 @@ from mupx.losses import Loss
 from mupx.run import Run
 from mupx.run_folder import Metrics
 from mupx.stacked import stack
-from mupx.stacked.base import pick
+from mupx.stacked.base import Gradient, Rows, pick
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+ROUNDING = 1000  # units of eps by which a gradient may differ from the product of its rows
 
 
 class Population:
@@ -57,11 +58,12 @@ class Population:
         A member whose loss is finite, but not all of its gradients and factors are, is gone too.
         """
         self.model.train()
-        schedule = self._leader.factor
-        captured = self._passes(*self._batch())
-        norms = torch.stack([vector_norm(g.flatten(1), dim=1) for g in captured.gradients.values()])
-        gradients = self._clipped(captured.gradients, norms)
-        factors = {name: dict(zip("AB", captured.factors(name), strict=True)) for name in captured.inputs}
+        schedule, due = self._leader.factor, self.update.captured
+        captured, rows = self._passes(*self._batch())
+        finite = [*captured.gradients.values(), *(each.signals for each in rows.values())]
+        norms = torch.stack([vector_norm(tensor.flatten(1), dim=1) for tensor in finite])
+        gradients: dict[str, Gradient] = {**self._clipped(captured.gradients, norms), **rows}
+        factors = {name: dict(zip("AB", captured.factors(name), strict=True)) for name in due}
         sound = _sound(norms, factors)
         diverged = self._record(captured.loss.tolist())
         staying = [i for i, member in enumerate(self.runs) if sound[i] and member not in diverged]
@@ -88,22 +90,41 @@ class Population:
         batches = [run.batch() for run in self.runs.values()]
         return torch.stack([x for x, _ in batches]), torch.stack([y for _, y in batches])
 
-    def _passes(self, inputs: Tensor, targets: Tensor) -> Captured:
-        """Return gradients, losses and the rows behind the factors, all with a leading axis of members."""
+    def _passes(self, inputs: Tensor, targets: Tensor) -> tuple[Captured, dict[str, Rows]]:
+        """Return gradients, losses and the rows behind the factors, all with a leading axis of members.
+
+        Beside them the gradients that are left as rows, by weight.
+        """
         if self._probes is None:
             self._probes = zero_probes(self.model, inputs if self.paired else inputs[0])
-        probes = {name: self._probes[name] for name in self.update.captured}
+        by_rows = self.update.by_rows
+        probes = {name: self._probes[name] for name in {*self.update.captured, *by_rows}}
+        left = set(by_rows.values())
 
         def one(values: dict[str, Tensor], scale: Tensor, x: Tensor, y: Tensor) -> Captured:
-            return functional_gradients(self.model, _Scaled(self.loss, scale), values, x, y, probes)
+            return functional_gradients(self.model, _Scaled(self.loss, scale), values, x, y, probes, left)
 
         own = None if self.paired else 0
         captured: Captured = vmap(one, in_dims=(0, 0, own, own))(self.values, self.scales, inputs, targets)
-        return captured._replace(
+        captured = captured._replace(
             inputs={name: _once(h) for name, h in captured.inputs.items()},
             weights={name: _once(w) for name, w in captured.weights.items()},
             terms=_once(captured.terms),
         )
+        if self.step == 0 and self._leader.experiment.train.grad_clip is None:
+            self.update.rows_suffice = {name for name in probes if self._rows_suffice(name, captured)}
+        rows = {w: Rows(captured.signals[layer], captured.inputs[layer]) for layer, w in by_rows.items()}
+        return captured, rows
+
+    def _rows_suffice(self, layer: str, captured: Captured) -> bool:
+        """Whether a layer's rows give its weight's gradient; one with another use has more than they know."""
+        weight = self.model.get_submodule(layer).weight
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
+        gradient, inputs = captured.gradients[name], captured.inputs[layer]
+        if len(inputs) > 1:
+            return False
+        difference = vector_norm(Rows(captured.signals[layer], inputs).product - gradient.flatten(2))
+        return bool(difference <= ROUNDING * torch.finfo(gradient.dtype).eps * vector_norm(gradient))
 
     def _clipped(self, gradients: dict[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
         limit = self._leader.experiment.train.grad_clip
@@ -191,7 +212,7 @@ def _sound(norms: Tensor, factors: Mapping[str, Mapping[str, Tensor]]) -> list[b
     """Say of every member whether its gradients and factors are finite.
 
     Args:
-        norms: Of the gradients, ``[parameters, P]``.
+        norms: Of the gradients, or of the rows they are left as, ``[parameters, P]``.
         factors: Layer → side → ``[P or 1, d, d]``; with a finite trace no entry can be infinite.
     """
     traces = [trace(factor).expand(norms.shape[1]) for pair in factors.values() for factor in pair.values()]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from mupx import config, dotted, parts, stackable, training
+from mupx import config, dotted, lockstep, parts, stackable, training
 from mupx.config import Experiment
+from mupx.curvature import functional_gradients
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
 from mupx.lockstep import Population
@@ -204,21 +205,111 @@ def test_the_first_layer_s_factor_is_kept_once_where_all_see_the_same_batches(da
         assert len(averages["hidden1"]["A"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("count", "change", "one"),
+    [
+        (3, {}, False),
+        (9, {"optimizer.refresh": 1}, True),
+        (9, {"optimizer.refresh": "40!"}, True),
+        # Clipping needs the whole gradient, which every step would then multiply by the basis once more.
+        (9, {"optimizer.refresh": 1, "train.grad_clip": 0.5}, True),
+        (9, {"optimizer.refresh": "40!", "train.grad_clip": 0.5}, False),
+    ],
+)
 @pytest.mark.parametrize("case", ["kfac-trace", "foof"])
-def test_one_decomposition_of_that_factor_serves_every_damping(data: Dataset, case: str) -> None:
-    """From some number of members on, where it is used for few steps; the numbers stay the same."""
-    for count, change in ((3, {}), (9, {"optimizer.refresh": 1}), (9, {"optimizer.refresh": "40!"})):
-        chosen = [
-            experiment(
-                **CASES["kfac-trace"],
-                **change,
-                **{"hyperparameters.lr": 0.01, "hyperparameters.damping": 0.1 * 1.3**i},
-            )
-            for i in range(count)
-        ]
-        population = assert_equal_over(chosen, data, steps=6)
-        used = population.update.solvers["input"]  # type: ignore[attr-defined]
-        assert ("vectors_A" in used) == (change == {"optimizer.refresh": 1})
+def test_one_decomposition_of_that_factor_serves_every_damping(
+    data: Dataset, case: str, count: int, change: dict[str, Any], one: bool
+) -> None:
+    """From some number of members on, where it costs no more products than inverses; the same numbers."""
+    population = assert_equal_over(many(count, **CASES[case], **{"optimizer.refresh": 5, **change}), data, 6)
+    used = population.update.solvers["input"]  # type: ignore[attr-defined]
+    assert ("vectors_A" in used) == one
+
+
+def many(count: int = 9, **changes: Any) -> list[Experiment]:
+    """Enough members for one decomposition to serve them all."""
+    values = [
+        {"hyperparameters.lr": 0.01 / (1 + i), "hyperparameters.damping": 0.1 * 1.3**i} for i in range(count)
+    ]
+    return [experiment(**{"optimizer.refresh": 1, **changes}, **own) for own in values]
+
+
+class Again(nn.Module):
+    """A weight with a use of its own beside its layer's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(24, width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output((self.input(x) + nn.functional.linear(x.flip(-1), self.input.weight)).relu())
+
+
+@pytest.fixture
+def left_out(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Weights whose gradients the passes left out, pass by pass."""
+    seen: list[set[str]] = []
+
+    def watched(*given: Any) -> Any:
+        seen.append(set(given[-1]))
+        return functional_gradients(*given)
+
+    monkeypatch.setattr(lockstep, "functional_gradients", watched)
+    return seen
+
+
+BY_ROWS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "kfac": (True, {"optimizer.name": "kfac"}),
+    "foof": (True, {"optimizer.name": "foof"}),
+    "momentum": (True, {"optimizer.name": "kfac", "hyperparameters.momentum": 0.9}),
+    "decay": (True, {"optimizer.name": "kfac", "hyperparameters.weight_decay": 0.1}),
+    "l2": (
+        False,
+        {
+            "optimizer.name": "kfac",
+            "hyperparameters.weight_decay": 0.1,
+            "optimizer.weight_decay_mode": "l2",
+        },
+    ),
+    "clipped": (False, {"optimizer.name": "kfac", "train.grad_clip": 0.5}),
+    "tied": (
+        False,
+        {"optimizer.name": "kfac", "model.name": hand_over(Again), "scaling.base_width": 6},
+    ),
+    "a schedule that slows down": (True, {"optimizer.name": "kfac", "optimizer.refresh": "1:50%,40!"}),
+}
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_the_first_layer_s_gradient_is_made_in_the_eigenbasis(
+    data: Dataset, case: str, left_out: list[set[str]]
+) -> None:
+    by_rows, changes = BY_ROWS[case]
+    assert_equal_over(many(**changes), data, steps=6)
+    assert left_out[0] == set()  # there is no basis yet; whether the rows suffice is looked at
+    assert left_out[1:] == [{"input.weight"} if by_rows else set()] * 5
+
+
+def test_a_weight_used_elsewhere_has_more_gradient_than_its_layer_s_rows(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Population, "_rows_suffice", lambda self, layer, captured: layer == "input")
+    with pytest.raises(AssertionError):
+        assert_equal_over(many(**BY_ROWS["tied"][1]), data, steps=6)
+
+
+def test_members_leave_while_gradients_are_rows(data: Dataset, left_out: list[set[str]]) -> None:
+    chosen = many(**BY_ROWS["kfac"][1])
+    population, alone = Population(runs(chosen, data)), dict(enumerate(runs(chosen, data)))
+    for step in range(6):
+        if step == 3:
+            population.leave({0, 5})
+            alone = {member: run for member, run in alone.items() if member not in (0, 5)}
+        population.advance()
+        for run in alone.values():
+            run.advance()
+    assert left_out[-1] == {"input.weight"}
+    assert_same(population, alone)
 
 
 def test_another_member_s_damping_shows(data: Dataset) -> None:
@@ -320,9 +411,9 @@ def test_who_has_to_skip_a_step_leaves_to_be_run_alone(data: Dataset) -> None:
     passes = population._passes
 
     def broken(*batch: torch.Tensor) -> Any:
-        captured = passes(*batch)
+        captured, rows = passes(*batch)
         captured.gradients["hidden1.weight"][1, 0, 0] = torch.inf
-        return captured
+        return captured, rows
 
     population._passes = broken  # type: ignore[method-assign]
     assert population.advance() == set()

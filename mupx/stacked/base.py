@@ -7,8 +7,8 @@ same batches. Members are at the same step, so there is one clock for all. Facto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,26 @@ NUMBERS = ("lr", "reference_lr", "damping_A", "damping_B", "eps", "weight_decay"
 SKIPPED_AT_ZERO = ("weight_decay", "momentum")  # as one float 0.0 they cost nothing
 
 
+class Rows(NamedTuple):
+    """Gradients of a weight whose layer has the same inputs in all members, not multiplied out: Sᵀ H.
+
+    Attributes:
+        signals: S, ∂(mean loss)/∂(layer output), ``[P, n, d_out]``.
+        inputs: H, ``[1, n, d_in]``.
+    """
+
+    signals: Tensor
+    inputs: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        """The gradients ``[P, d_out, d_in]``."""
+        return self.signals.mT @ self.inputs
+
+
+Gradient = Tensor | Rows
+
+
 class Stacked:
     """P optimizers of one structure; their groups' numbers may differ.
 
@@ -29,12 +49,16 @@ class Stacked:
         model: The model of the first.
         optimizers: One per member, not used yet. The structure is that of the first.
         values: Name → ``[P, *shape]``, updated in place.
+
+    Attributes:
+        rows_suffice: Layers with the same inputs in all members whose rows can be given for a gradient.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Base], values: dict[str, Tensor]) -> None:
         self.values, self.shell = values, optimizers[0]
         self.groups = _stack_groups(optimizers, values)
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
+        self.rows_suffice: Set[str] = set()
         self.clock = {"step": 0}
 
     @property
@@ -42,12 +66,17 @@ class Stacked:
         """Names of the layers whose factors the coming step asks for."""
         return []
 
+    @property
+    def by_rows(self) -> Mapping[str, str]:
+        """Layer, of those whose rows suffice → its weight, whose gradient is to come as :class:`Rows`."""
+        return {}
+
     @torch.no_grad()
-    def advance(self, gradients: Mapping[str, Tensor], factors: Factors, schedule: float) -> None:
+    def advance(self, gradients: Mapping[str, Gradient], factors: Factors, schedule: float) -> None:
         """Do one step, as :meth:`mupx.optim.base.Base.step`.
 
         Args:
-            gradients: Name → ``[P, *shape]``, all of them finite.
+            gradients: Name → ``[P, *shape]``, all of them finite; of :attr:`by_rows` as rows.
             factors: What :attr:`captured` asks for.
             schedule: Factor on every learning rate.
         """
@@ -56,9 +85,13 @@ class Stacked:
             value, group = self.values[name], self.groups[name]
             lr, decay = group["lr"] * schedule, group["weight_decay"]
             mode, reference = group["weight_decay_mode"], group["reference_lr"]
-            kept, gradient = decayed(value, gradient, mode, decay, lr, reference)
-            own = group["algorithm"] == self.shell.algorithm
-            update = (self.direction if own else self.adam)(name, gradient, group)
+            if isinstance(gradient, Rows):
+                kept, _ = decayed(value, value, mode, decay, lr, reference)
+                update = self.direction_by_rows(name, gradient, group)
+            else:
+                kept, gradient = decayed(value, gradient, mode, decay, lr, reference)
+                own = group["algorithm"] == self.shell.algorithm
+                update = (self.direction if own else self.adam)(name, gradient, group)
             if isinstance(kept, Tensor):
                 value.mul_(kept)
             value.addcmul_(over(lr, update), update, value=-1.0)
@@ -81,6 +114,10 @@ class Stacked:
         """Return the update of one parameter."""
         raise NotImplementedError
 
+    def direction_by_rows(self, name: str, gradient: Rows, group: Group) -> Tensor:
+        """Return the update of one parameter of :attr:`by_rows`."""
+        raise NotImplementedError
+
     def adam(self, name: str, gradient: Tensor, group: Group) -> Tensor:
         """Return Adam's direction."""
         state, zeros = self.state[name], torch.zeros_like(gradient)
@@ -101,10 +138,13 @@ class Stacked:
 
 def pick(entries: Mapping[str, Any], members: Tensor) -> dict[str, Any]:
     """Return the entries of some members; what all share, and what is no tensor, stays."""
-    return {
-        key: value[members] if isinstance(value, Tensor) and len(value) > 1 else value
-        for key, value in entries.items()
-    }
+    return {key: _picked(value, members) for key, value in entries.items()}
+
+
+def _picked(value: Any, members: Tensor) -> Any:
+    if isinstance(value, Rows):
+        return value._replace(signals=value.signals[members])
+    return value[members] if isinstance(value, Tensor) and len(value) > 1 else value
 
 
 def _stack_groups(optimizers: Iterable[Base], values: Mapping[str, Tensor]) -> dict[str, Group]:

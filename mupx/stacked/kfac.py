@@ -23,7 +23,7 @@ from mupx.preconditioning import (
     times,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, refresh_interval
-from mupx.stacked.base import Factors, Group, Stacked, pick
+from mupx.stacked.base import Factors, Group, Rows, Stacked, pick
 
 
 class StackedKFAC(Stacked):
@@ -51,6 +51,21 @@ class StackedKFAC(Stacked):
         shell = self.shell
         due = needs_statistics(self.clock, shell.refresh, shell.staleness, shell.statistics)
         return list(self.weights) if due else []
+
+    @property
+    def by_rows(self) -> dict[str, str]:
+        """The layers whose input side is kept in an eigenbasis: with H in it, so is the gradient."""
+        return {
+            layer: self.weights[layer]
+            for layer, solver in self.solvers.items()
+            if "inner_A" in solver and self.takes_rows(layer)
+        }
+
+    def takes_rows(self, layer: str) -> bool:
+        """Whether rows can stand for the gradient of a layer: not where weight decay is a part of it."""
+        group = self.groups[self.weights[layer]]
+        adds = group["weight_decay_mode"] == "l2" and isinstance(group["weight_decay"], Tensor)
+        return layer in self.rows_suffice and not adds
 
     def keep(self, members: Tensor) -> None:
         """Go on with some of the members only."""
@@ -87,7 +102,8 @@ class StackedKFAC(Stacked):
         """Return (A + ρ I)⁻¹ of all members, in the eigenbasis of a factor they share where that pays."""
         shell, (members, d_out) = self.shell, self.values[self.weights[layer]].shape[:2]
         interval = refresh_interval(self.clock["step"], shell.refresh, shell.staleness)
-        if len(A) == members or not eigenbasis_pays(A.shape[-1], d_out, members, interval):
+        products = 0 if self.takes_rows(layer) else interval
+        if len(A) == members or not eigenbasis_pays(A.shape[-1], d_out, members, products):
             return damped_side("A", A.expand(members, -1, -1), rho, solve=False)[0]
         values, vectors, ok = eigh(A)
         return {"vectors_A": vectors, "inner_A": ok[:, None] / (values + rho[:, None])}
@@ -101,11 +117,26 @@ class StackedKFAC(Stacked):
             update = self.precondition(gradient.flatten(2), self.solvers[layer]).view_as(gradient)
         return self.momentum(name, update, group)
 
+    def direction_by_rows(self, name: str, gradient: Rows, group: Group) -> Tensor:
+        """Return the momentum of the preconditioned gradient, in the eigenbasis without a product."""
+        solver = self.solvers[self.layer_of[name]]
+        if "inner_A" not in solver:  # no longer worth it
+            update = self.precondition(gradient.product, solver)
+        else:
+            Q = solver["vectors_A"][0]
+            G = gradient._replace(inputs=gradient.inputs @ Q).product
+            update = self.output_side(G, solver).mul_(solver["inner_A"][:, None]) @ Q.mT
+        return self.momentum(name, update.view_as(self.values[name]), group)
+
     def precondition(self, gradient: Tensor, solver: Solver) -> Tensor:
         """Return (B + ρ_B)⁻¹ G (A + ρ_A)⁻¹, or the exactly damped G."""
         if "inner" in solver:
             return precondition(gradient, solver)
-        return times_input_side(side_of(solver, "B") @ gradient, solver)
+        return times_input_side(self.output_side(gradient, solver), solver)
+
+    def output_side(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return (B + ρ_B)⁻¹ G."""
+        return side_of(solver, "B") @ gradient
 
     def precondition_bias(self, gradient: Tensor, solver: Solver) -> Tensor:
         """Return (B + ρ_B)⁻¹ g."""
@@ -120,9 +151,9 @@ class StackedFOOF(StackedKFAC):
         A, damping = self.averages[layer]["A"], self.groups[self.weights[layer]]["damping_A"]
         return self.input_side(layer, A, ridge_of(A, damping, self.shell.damping_rule))
 
-    def precondition(self, gradient: Tensor, solver: Solver) -> Tensor:
-        """Return G (A + ρ_A)⁻¹."""
-        return times_input_side(gradient, solver)
+    def output_side(self, gradient: Tensor, solver: Solver) -> Tensor:
+        """Return G."""
+        return gradient
 
     def precondition_bias(self, gradient: Tensor, solver: Solver) -> Tensor:
         """Return g."""
@@ -134,19 +165,19 @@ def times_input_side(matrix: Tensor, solver: Solver) -> Tensor:
     if "inner_A" not in solver:
         return times(matrix, side_of(solver, "A"))
     Q = solver["vectors_A"][0]
-    return ((matrix @ Q) * solver["inner_A"][:, None]) @ Q.mT
+    return (matrix @ Q).mul_(solver["inner_A"][:, None]) @ Q.mT
 
 
-def eigenbasis_pays(d: int, d_out: int, members: int, interval: int) -> bool:
+def eigenbasis_pays(d: int, d_out: int, members: int, products: int) -> bool:
     """Whether one decomposition of a factor that all members share is cheaper than an inverse for each.
 
-    All A + ρ I have the eigenvectors of A, so one decomposition serves every ridge; but each step then
-    multiplies by them twice, where it multiplies by an inverse once.
+    All A + ρ I have the eigenvectors of A, so one decomposition serves every ridge; but a gradient that is
+    not made in that basis is multiplied by it twice, where it would be multiplied by an inverse once.
 
     Args:
         d: Units on the side of the factor.
         d_out: Units on the other side.
         members: Number of ridges.
-        interval: Steps until the next refresh.
+        products: Products more until the next refresh, of a gradient with the eigenvectors.
     """
-    return EIGH * d**3 + 2 * d**2 * d_out * members * interval < members * CHOLESKY * d**3
+    return EIGH * d**3 + 2 * d**2 * d_out * members * products < members * CHOLESKY * d**3
