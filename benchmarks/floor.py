@@ -7,27 +7,30 @@
 MLP 784-w-w-10 on Fashion-MNIST (Debian's dataset-fashion-mnist, or MUPX_DATA_DIR; the smoke test enlarges
 the embedded images), float32, one thread, CPU seconds. White noise would be the wrong data: an average of it
 has no low rank and is kept dense. The *floor* adds up what cannot be left out, every operation timed alone
-at its own shape in the same run (the fastest of several calls): the products of the forward and backward
-pass, the preconditioned gradient multiplied out once, reading and writing weights, and per side of every
-layer the cheapest of
+at its own shape: the products of the forward and backward pass, the preconditioned gradient multiplied out
+once, reading and writing weights, and per side of every layer the cheapest of
 
 * dense: half a product for the factor, Cholesky, two triangular solves per row of the batch;
 * the batch alone (``ema`` 0), Woodbury: a Gram matrix of the batch, its Cholesky, one product;
 * an average as a sketch of 192 + 16 vectors (:mod:`mupx.sketch`): its update, two products, two Cholesky
   factors of 192 and its columns by triangular solves or by a product, then two products per application.
 
-A step is timed like the operations, the fastest of several: what else the machine does slows either.
+Machines change their speed within minutes, so SGD's step, K-FAC's and every operation take turns: *over the
+floor* is the median, over the turns, of a step's time over the floor of the same turn, with quartiles. In a
+turn an operation counts by the fastest of three calls, a step by one round of ``refresh`` steps.
+
 Elementwise work, the loss and Python count as free, so the floor lies below what any program takes; a
-measurement below it is an error of the benchmark and ends it with exit code 1. Autograd has formed the
-plain gradient before an optimizer is asked: that product counts as unavoidable too.
+median below 1 is an error of the benchmark and ends it with exit code 1. Autograd has formed the plain
+gradient before an optimizer is asked: that product counts as unavoidable too.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -42,73 +45,84 @@ from mupx.datasets import DATASETS
 from mupx.sketch import PROBES, RANK
 
 HERE = Path(__file__).parent
-REPEATS, ROUNDS = 15, 15
+TURNS, CALLS = 25, 3
 VARIANTS = {"average": "mupx", "batch only": "mupx, batch only"}
 INPUT, CLASSES = 784, 10
-
-
-def fastest(call: Callable[[], object]) -> float:
-    """Return CPU seconds of the fastest of several calls, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(REPEATS):
-        started = time.process_time()
-        call()
-        times.append(time.process_time() - started)
-    return min(times)
+Call = Callable[[], object]
 
 
 @cache
-def product(m: int, n: int, k: int) -> float:
+def product(m: int, n: int, k: int) -> Call:
     a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-    return fastest(lambda: torch.mm(a, b, out=out))
+    return lambda: torch.mm(a, b, out=out)
 
 
 @cache
-def cholesky(d: int) -> float:
+def cholesky(d: int) -> Call:
     a = torch.randn(d, d)
     a = a @ a.mT + d * torch.eye(d)
     out, info = torch.empty(d, d), torch.empty((), dtype=torch.int32)
-    return fastest(lambda: torch.linalg.cholesky_ex(a, out=(out, info)))
+    return lambda: torch.linalg.cholesky_ex(a, out=(out, info))
 
 
 @cache
-def triangular(d: int, n: int) -> float:
+def triangular(d: int, n: int) -> Call:
     a, b = torch.tril(torch.rand(d, d)) + d * torch.eye(d), torch.randn(d, n)
-    return fastest(lambda: torch.linalg.solve_triangular(a, b, upper=False))
+    return lambda: torch.linalg.solve_triangular(a, b, upper=False)
 
 
 @cache
-def copied(numbers: int) -> float:
+def copied(numbers: int) -> Call:
     a, b = torch.randn(numbers), torch.empty(numbers)
-    return fastest(lambda: b.copy_(a))
+    return lambda: b.copy_(a)
 
 
-def side(d: int, batch: int, average: bool, refresh: int) -> float:
+class Turn:
+    """CPU seconds of operations in one turn: each is timed when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Call, float] = {}
+
+    def __call__(self, call: Call) -> float:
+        if call not in self._seconds:
+            times = []
+            for _ in range(CALLS):
+                started = time.process_time()
+                call()
+                times.append(time.process_time() - started)
+            self._seconds[call] = min(times)
+        return self._seconds[call]
+
+
+def side(turn: Turn, d: int, batch: int, average: bool, refresh: int) -> float:
     """Return the least seconds per step that (M + ρ)⁻¹ of one side takes on the rows of a batch."""
-    dense = (0.5 * product(d, d, batch) + cholesky(d)) / refresh + 2 * triangular(d, batch)
+    dense = 0.5 * turn(product(d, d, batch)) + turn(cholesky(d))
+    dense = dense / refresh + 2 * turn(triangular(d, batch))
     if average:
         seen = RANK + PROBES
-        update = product(batch, seen, d) + product(d, seen, batch)
-        whiten = min(triangular(RANK, d), triangular(RANK, RANK) + product(d, RANK, RANK))
-        recover = product(RANK, RANK, d) + whiten + 0.5 * product(RANK, RANK, d) + 2 * cholesky(RANK)
-        thin = (update + recover) / refresh + product(RANK, batch, d) + product(d, batch, RANK)
+        update = turn(product(batch, seen, d)) + turn(product(d, seen, batch))
+        by_product = turn(triangular(RANK, RANK)) + turn(product(d, RANK, RANK))
+        recover = turn(product(RANK, RANK, d)) + min(turn(triangular(RANK, d)), by_product)
+        recover += 0.5 * turn(product(RANK, RANK, d)) + 2 * turn(cholesky(RANK))
+        thin = (update + recover) / refresh + turn(product(RANK, batch, d)) + turn(product(d, batch, RANK))
     else:
         # At a refresh the rows are the columns, so only one product remains of the two.
-        gram = 0.5 * product(batch, batch, d) + cholesky(batch)
-        thin = gram / refresh + product(d, batch, batch) + (1 - 1 / refresh) * product(batch, batch, d)
+        gram = turn(product(batch, batch, d))
+        thin = (0.5 * gram + turn(cholesky(batch))) / refresh + (1 - 1 / refresh) * gram
+        thin += turn(product(d, batch, batch))
     return min(dense, thin)
 
 
-def floor_of(width: int, batch: int, average: bool, refresh: int) -> tuple[float, float]:
+def floor_of(turn: Turn, width: int, batch: int, average: bool, refresh: int) -> tuple[float, float]:
     """Return the floors of SGD's step and of K-FAC's, seconds."""
     layers = [(width, INPUT), (width, width), (CLASSES, width)]
     sgd, more = 0.0, 0.0
     for index, (d_out, d_in) in enumerate(layers):
-        sgd += product(batch, d_out, d_in) + product(d_out, d_in, batch)
-        sgd += product(batch, d_in, d_out) if index else 0.0
-        sgd += copied(d_out * d_in)
-        more += product(d_out, d_in, batch) + sum(side(d, batch, average, refresh) for d in (d_out, d_in))
+        sgd += turn(product(batch, d_out, d_in)) + turn(product(d_out, d_in, batch))
+        sgd += turn(product(batch, d_in, d_out)) if index else 0.0
+        sgd += turn(copied(d_out * d_in))
+        sides = sum(side(turn, d, batch, average, refresh) for d in (d_out, d_in))
+        more += turn(product(d_out, d_in, batch)) + sides
     return sgd, sgd + more
 
 
@@ -122,21 +136,32 @@ def images(batch: int, count: int, smoke: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def measured(
-    width: int, package: str, refresh: int, batches: list[tuple[Tensor, Tensor]]
-) -> tuple[float, float]:
-    """Return CPU seconds of SGD's step and of K-FAC's, of the fastest of rounds taken in turns."""
+    width: int, curvature: str, refresh: int, batches: list[tuple[Tensor, Tensor]]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return (SGD, its floor) and (K-FAC, its floor) of every turn, CPU seconds a step."""
     steps = (
         FAMILIES["sgd"]["sgd"](model_of("mlp", width), refresh),
-        FAMILIES["kfac"][package](model_of("mlp", width), refresh),
+        FAMILIES["kfac"][VARIANTS[curvature]](model_of("mlp", width), refresh),
     )
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(1 + ROUNDS):
-        own = [batches[(turn * refresh + index) % len(batches)] for index in range(refresh)]
-        for step, kept in zip(steps, times, strict=True):
-            seconds = one_round(step, own)
-            if turn:
-                kept.append(seconds)
-    return min(times[0]), min(times[1])
+    found: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    for index in range(1 + TURNS):
+        own = [batches[(index * refresh + number) % len(batches)] for number in range(refresh)]
+        times = [one_round(step, own) for step in steps]
+        floors = floor_of(Turn(), width, len(own[0][0]), curvature == "average", refresh)
+        if index:
+            for kept, seconds, floor in zip(found, times, floors, strict=True):
+                kept.append((seconds, floor))
+    return found
+
+
+def over(turns: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Return the quartiles of a step's time over its floor, the median first."""
+    lower, middle, upper = statistics.quantiles((seconds / floor for seconds, floor in turns), n=4)
+    return middle, lower, upper
+
+
+def milliseconds(values: Iterable[float]) -> str:
+    return f"{1e3 * statistics.median(values):.2f}"
 
 
 def main() -> None:
@@ -156,20 +181,21 @@ def main() -> None:
     batches = images(arguments.batch, 10, arguments.smoke)
     rows = []
     for width in arguments.widths:
-        for curvature, package in VARIANTS.items():
+        for curvature in VARIANTS:
             for refresh in (1, 10):
-                floors = floor_of(width, arguments.batch, curvature == "average", refresh)
-                times = measured(width, package, refresh, batches)
                 row = {"width": str(width), "batch": str(arguments.batch), "curvature": curvature}
-                row |= {"refresh": str(refresh), "SGD, ms": f"{1e3 * times[0]:.2f}"}
-                row |= {"over its floor": f"{times[0] / floors[0]:.2f}", "K-FAC, ms": f"{1e3 * times[1]:.2f}"}
-                row |= {
-                    "floor, ms": f"{1e3 * floors[1]:.2f}",
-                    "over the floor": f"{times[1] / floors[1]:.2f}",
-                }
+                row["refresh"] = str(refresh)
+                ratios = []
+                for name, turns in zip(
+                    ("SGD", "K-FAC"), measured(width, curvature, refresh, batches), strict=True
+                ):
+                    ratios.append(over(turns))
+                    row[f"{name}, ms"] = milliseconds(seconds for seconds, _ in turns)
+                    row[f"{name}'s floor, ms"] = milliseconds(floor for _, floor in turns)
+                    row[f"{name} over its floor"] = "{:.2f} ({:.2f} … {:.2f})".format(*ratios[-1])
                 rows.append(row)
                 print(row, flush=True)
-                if times[0] < floors[0] or times[1] < floors[1]:
+                if min(middle for middle, *_ in ratios) < 1.0:
                     sys.exit("a step was measured below its floor: the benchmark is wrong")
     print(show(rows))
     if not arguments.smoke:
