@@ -14,8 +14,9 @@ seeds 0 and 1, batch 32, constant lr, one thread. Images: the embedded Fashion-M
 28×28 and padded to 32×32 for VGG-19). Tokens: 32 kinds, drawn from a random bigram table. One lr and damping
 per optimizer, untuned, but for the pairs of `SETTLED`. *worst*: the exponent farthest from its order among
 the failed rows, or else among all that are judged; where the late check alone fails, its exponent and the
-effective ranks tr/λmax that grow with it; for a run that breaks down, the cause. Shampoo's factors on ResNet
-and VGG-19 would have sides of up to 9,216: there it has blocks of 32 and a refresh in ten steps.
+effective ranks tr/λmax that grow with it; for a run that breaks down, the cause. On ResNet and VGG-19 K-FAC
+and Shampoo refresh once in ten steps from the start, and Shampoo, whose factors would have sides of up to
+9,216, has blocks of 32.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ SETTLED = {
     ("resnet", "shampoo"): {"damping": 0.3},
     ("myrtle5", "kfac"): {"lr": 0.002},
 }
-LARGE = {"blocks": 32, "refresh": 10, "staleness": 1.0}
+SELDOM = {"refresh": 10, "staleness": 1.0}
 STRUCTURES: dict[tuple[str, str], dict[str, object]] = {
-    ("resnet", "shampoo"): LARGE,
-    ("vgg19", "shampoo"): LARGE,
+    ("resnet", "kfac"): SELDOM,
+    ("vgg19", "kfac"): SELDOM,
+    ("resnet", "shampoo"): {**SELDOM, "blocks": 32},
+    ("vgg19", "shampoo"): {**SELDOM, "blocks": 32},
 }
 TOKENS, CONTEXT, EXAMPLES = 32, 16, 1024
 
