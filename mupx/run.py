@@ -19,6 +19,7 @@ from mupx.errors import UsageError
 from mupx.evaluation import examples_at_once
 from mupx.groups import check_groups
 from mupx.layers import Layer, Parameter, derive
+from mupx.memory import keep_freed_memory
 from mupx.optim.adapter import Trainable
 from mupx.optim.base import Base
 from mupx.parallel import Parallel
@@ -97,6 +98,8 @@ class Run:
             )
         self.experiment, self.data = experiment, data
         self.device = pick_device(self.parallel.ranks.device or config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = getattr(torch, config.dtype)
         self.steps = total_steps(experiment, len(data.train))
         self.loss = find_loss(config.loss)

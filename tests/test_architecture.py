@@ -23,6 +23,7 @@ LEVELS = {
     "mupx.blocks": 0,
     "mupx.files": 0,
     "mupx.dotted": 0,
+    "mupx.memory": 0,
     "mupx.mounts": 0,
     "mupx.processes": 0,
     "mupx.locks": 0,
