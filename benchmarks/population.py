@@ -7,7 +7,8 @@
 
 Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32).
 *training*: trials none of which diverges, one after the other (P = 1, the ordinary loop) and P at a time;
-they take turns round by round, and the median over rounds counts.
+they take turns round by round. Rates are medians over the rounds, gains the median (lowest … highest) of
+the ratios within a round, as a machine changes its speed from one round to the next.
 *search*: `mupx tune` as it is, 32 trials over the default ranges with the study in SQLite; trials that
 diverge or are pruned end early, so its rates depend on what was asked. *ASDL*: what one would write without
 mupx, an Optuna study in SQLite whose objective trains the same network on the same batches with ASDL's K-FAC
@@ -27,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
@@ -53,7 +53,7 @@ STARTS = {  # optimizer → the highest lr and the lowest damping of the trials
 FEW = "10!"  # in every tenth step from the first on: at the lr of STARTS trials diverge
 FEW_LR = 0.001
 SETTINGS = [("kfac", 10), ("kfac", 1), ("shampoo", 10), ("adamw", 10), ("sgd", 10)]
-Times = dict[int, tuple[float, float]]  # P → wall and CPU seconds of one trial
+Times = dict[int, list[tuple[float, float]]]  # P → wall and CPU seconds of one trial, round by round
 HEADS = ["what", "optimizer", "refresh", "threads", "P", "trials/h", "trials/CPU h", "gain", "best"]
 
 
@@ -101,7 +101,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure_training(optimizer: str, refresh: int | str, sizes: list[int], steps: int, rounds: int) -> Times:
-    """Return P → median wall and CPU seconds of one trial, measured in turns after one warm-up round."""
+    """Measure each P in turn, after one warm-up round."""
     experiment = proxy(optimizer, refresh, steps)
     data = parts.load_data(experiment)
     parameters = parts.describe(experiment, data)
@@ -114,42 +114,37 @@ def measure_training(optimizer: str, refresh: int | str, sizes: list[int], steps
         found = train_population(members(experiment, size), data=data, parameters=parameters)
         assert all(result is not None and result.outcome == "finished" for result in found)
 
-    times: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    times: Times = {size: [] for size in sizes}
     for turn in range(rounds + 1):
         for size in sizes:
             count = min(8, max(sizes)) if size == 1 else size
             wall, cpu = seconds(alone if size == 1 else lambda size=size: together(size))
             if turn:
                 times[size].append((wall / count, cpu / count))
-    return {size: tuple(map(statistics.median, zip(*own, strict=True))) for size, own in times.items()}
+    return times
 
 
 def measure_search(
     optimizer: str, refresh: int, sizes: list[int], steps: int, trials: int, seeds: int
-) -> dict[int, tuple[float, float, float]]:
-    """Return P → median wall and CPU seconds of one trial, and the mean of the best values."""
-    found: dict[int, list[tuple[float, float, float]]] = {size: [] for size in sizes}
+) -> tuple[Times, dict[int, float]]:
+    """Return what a trial took, seed by seed, and P → mean of the best values."""
+    times: Times = {size: [] for size in sizes}
+    best: dict[int, list[float]] = {size: [] for size in sizes}
     for seed in range(seeds):
         for size in sizes:
             changes = {"search.population": size, "search.trials": trials, "search.seed": seed}
             experiment = proxy(optimizer, refresh, steps).updated(changes)
             with tempfile.TemporaryDirectory() as folder:
-                best: list[float] = []
+                run = Path(folder) / "run"
                 wall, cpu = seconds(
-                    lambda e=experiment, f=folder, b=best: b.append(
-                        tune(e, run_dir=Path(f) / "run").best.value
-                    )
+                    lambda e=experiment, r=run, b=best[size]: b.append(tune(e, run_dir=r).best.value)
                 )
-            found[size].append((wall / trials, cpu / trials, best[0]))
-    result = {}
-    for size, own in found.items():
-        wall, cpu, best = zip(*own, strict=True)
-        result[size] = (statistics.median(wall), statistics.median(cpu), statistics.mean(best))
-    return result
+            times[size].append((wall / trials, cpu / trials))
+    return times, {size: statistics.mean(values) for size, values in best.items()}
 
 
-def measure_asdl(refresh: int, steps: int, trials: int) -> tuple[float, float]:
-    """Return median wall and CPU seconds of one trial of a plain Optuna loop around ASDL, after the first."""
+def measure_asdl(refresh: int, steps: int, trials: int) -> Times:
+    """Return the median over trials of a plain Optuna loop around ASDL, but for the first, as one round."""
     experiment = proxy("kfac", refresh, steps)
     data, size = parts.load_data(experiment), experiment.train.batch_size
     times: list[tuple[float, float]] = []
@@ -172,42 +167,44 @@ def measure_asdl(refresh: int, steps: int, trials: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         study = optuna.create_study(storage=f"sqlite:///{folder}/study.db")
         study.optimize(objective, n_trials=trials + 1)
-    wall, cpu = zip(*times[1:], strict=True)
+    return {1: [medians(times[1:])]}
+
+
+def medians(times: list[tuple[float, float]]) -> tuple[float, float]:
+    wall, cpu = zip(*times, strict=True)
     return statistics.median(wall), statistics.median(cpu)
 
 
-def rows_of(what: str, optimizer: str, refresh: int | str, times: dict[int, Any]) -> list[dict[str, str]]:
-    threads = torch.get_num_threads()
-    clock = 1 if threads == 1 else 0  # wall time of one thread depends on who else is there
-    return [
-        {
-            "what": what,
-            "optimizer": optimizer,
-            "refresh": str(refresh) if optimizer in ("kfac", "shampoo") else "–",
-            "threads": str(threads),
-            "P": str(size),
-            "trials/h": f"{3600 / wall:.0f}",
-            "trials/CPU h": f"{3600 / cpu:.0f}",
-            "gain": f"{times[1][clock] / times[size][clock]:.2f}",
-            "best": f"{best[0]:.4f}" if best else "–",
-        }
-        for size, (wall, cpu, *best) in times.items()
-    ]
+def gain(base: list[tuple[float, float]], own: list[tuple[float, float]]) -> str:
+    """Return by how much less time a trial takes than at the base: median and range over the rounds."""
+    clock = 1 if torch.get_num_threads() == 1 else 0  # wall time of one thread depends on who else is there
+    ratios = [one[clock] / other[clock] for one, other in zip(base, own, strict=True)]
+    middle = f"{statistics.median(ratios):.2f}"
+    return middle if base is own else f"{middle} ({min(ratios):.2f} … {max(ratios):.2f})"
+
+
+def rows_of(
+    what: str, optimizer: str, refresh: int | str, times: Times, best: dict[int, float] | None = None
+) -> list[dict[str, str]]:
+    rows = []
+    for size, own in times.items():
+        wall, cpu = medians(own)
+        row = {"what": what, "optimizer": optimizer, "threads": str(torch.get_num_threads()), "P": str(size)}
+        row["refresh"] = str(refresh) if optimizer in ("kfac", "shampoo") else "–"
+        row |= {"trials/h": f"{3600 / wall:.0f}", "trials/CPU h": f"{3600 / cpu:.0f}"}
+        row |= {"gain": gain(times[1], own), "best": f"{best[size]:.4f}" if best else "–"}
+        rows.append({head: row[head] for head in HEADS})
+    return rows
 
 
 def in_turns(works: dict[str, Callable[[], Times]], turns: int = 3) -> dict[str, Times]:
-    """Measure several things one after the other, again and again, and return the medians of each."""
-    found: dict[str, list[Times]] = {name: [] for name in works}
+    """Measure several things one after the other, again and again, and join the rounds of each."""
+    found: dict[str, Times] = {name: {} for name in works}
     for _ in range(turns):
         for name, work in works.items():
-            found[name].append(work())
-    return {
-        name: {
-            size: tuple(map(statistics.median, zip(*(one[size] for one in own), strict=True)))
-            for size in own[0]
-        }
-        for name, own in found.items()
-    }
+            for size, rounds in work().items():
+                found[name].setdefault(size, []).extend(rounds)
+    return found
 
 
 def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
@@ -221,16 +218,15 @@ def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
         print(f"{set_threads(threads)}; {versions()}")
         for refresh in (10, 1):
             works: dict[str, Callable[[], Times]] = {
-                "ASDL": lambda r=refresh: {1: measure_asdl(r, steps, 3)},
+                "ASDL": lambda r=refresh: measure_asdl(r, steps, 3),
                 "ours": lambda r=refresh: measure_training("kfac", r, [1], steps, 1),
             }
             if threads == 1 and refresh == 10:
                 works["few"] = lambda: measure_training("kfac", FEW, [1, 64], steps, 1)
                 works["sgd"] = lambda: measure_training("sgd", 10, [1, 64], steps, 1)
             found = in_turns(works)
-            (wall, cpu), ours = found["ASDL"][1], found["ours"][1]
-            row = rows_of("ASDL", "kfac", refresh, {1: (wall, cpu)})[0]
-            rows.append({**row, "gain": f"{ours[1] / cpu if threads == 1 else ours[0] / wall:.2f}"})
+            row = rows_of("ASDL", "kfac", refresh, found["ASDL"])[0]
+            rows.append({**row, "gain": gain(found["ours"][1], found["ASDL"][1])})
             for name, optimizer, few in (("few", "kfac", FEW), ("sgd", "sgd", 10)):
                 rows += rows_of("beside ASDL", optimizer, few, found.get(name, {}))
             print(show(rows), flush=True)
@@ -250,7 +246,7 @@ def show(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--optimizers", nargs="+", default=list(STARTS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
@@ -285,7 +281,7 @@ def main() -> None:
         if optimizer in arguments.optimizers:
             measure_search(optimizer, refresh, [1], 10, 2, 1)  # what is imported on first use
             found = measure_search(optimizer, refresh, sizes, steps, arguments.trials, arguments.seeds)
-            rows += rows_of("search", optimizer, refresh, found)
+            rows += rows_of("search", optimizer, refresh, *found)
             print(show(rows[-len(sizes) :]), flush=True)
     if not arguments.smoke:
         keep(arguments.csv, rows)
