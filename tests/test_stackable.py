@@ -1,0 +1,113 @@
+"""What cannot be trained in lock-step is said in a clause."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mupx import stackable
+from mupx.datasets.base import Dataset
+from mupx.usercode import hand_over
+from tests.small_runs import assert_equal_over, experiment, members, runs, small_data
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return small_data()
+
+
+class Twice(nn.Module):
+    """One layer, used twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(24, width), nn.Linear(width, 10)
+        self.hidden = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.hidden(self.hidden(self.input(x)).relu()))
+
+
+class Decides(Twice):
+    """Control flow that depends on the data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.hidden(self.input(x))
+        return self.output(y if y.sum() > 0 else -y)
+
+
+class Drops(Twice):
+    """Randomness in the forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.hidden(nn.functional.dropout(self.input(x), 0.5, self.training)))
+
+
+class Hides(Twice):
+    """A parameter that is read in a way torch.func does not replace."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.hidden_weights = [self.hidden.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.input(x) @ self.hidden_weights[0] + self.hidden.bias)
+
+
+class Unused(Twice):
+    """A layer that is never called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.input(x))
+
+
+class Frozen(Twice):
+    """A layer that does not train."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.hidden.requires_grad_(False)
+
+
+def normalised(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(24, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
+
+
+OBSTACLES = [
+    (Twice, {}, "hidden runs more than once in one forward pass"),
+    (Decides, {}, "torch.func.vmap does not run the model"),
+    (Drops, {}, "torch.func.vmap does not run the model .*random"),
+    (Hides, {}, "under torch.func.vmap the gradient of .* is another one"),
+    (Unused, {}, "hidden.weight gets no gradient"),
+    (Frozen, {}, "hidden.weight is not trained"),
+    (normalised, {}, r"1 \(BatchNorm1d\) keeps running statistics in training"),
+    (None, {"optimizer.name": "muon"}, "muon has no update for several models at once"),
+    (None, {"optimizer.fisher": "mc"}, "the mc Fisher needs backward passes of its own"),
+    (None, {"optimizer.solver": "low-rank"}, "optimizer.solver = low-rank has no update"),
+    (None, {"optimizer.graft": "sgd"}, "optimizer.graft = sgd has no update"),
+    (None, {"train.accumulate": 2}, "train.accumulate = 2 has no update"),
+    (None, {"train.amp": "bf16"}, "train.amp = bf16 has no update"),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "said"), OBSTACLES)
+def test_what_cannot_be_stacked_is_said_in_a_clause(
+    data: Dataset, model: Any, changes: dict[str, Any], said: str
+) -> None:
+    own = {} if model is None else {"model.name": hand_over(model)}
+    (run,) = runs([experiment(**{"scaling.base_width": 6, **changes, **own})], data)
+    found = stackable.obstacle(run)
+    assert found is not None
+    assert "\n" not in found
+    assert re.search(said, found)
+
+
+def test_a_layer_used_twice_is_no_obstacle_without_curvature(data: Dataset) -> None:
+    changes = {"scaling.base_width": 6, "optimizer.name": "adamw", "model.name": hand_over(Twice)}
+    chosen = members(2, **changes)
+    assert stackable.obstacle(runs(chosen, data)[0]) is None
+    assert_equal_over(chosen, data, steps=4)
