@@ -36,12 +36,11 @@ from pathlib import Path
 
 import torch
 from peer_steps import FAMILIES
-from peers import model_of, one_round
+from peers import images, model_of, one_round
 from sweeps import read_rows, set_threads, write_rows
 from torch import Tensor
 from transfer import show
 
-from mupx.datasets import DATASETS
 from mupx.sketch import PROBES, RANK
 
 HERE = Path(__file__).parent
@@ -124,15 +123,6 @@ def floor_of(turn: Turn, width: int, batch: int, average: bool, refresh: int) ->
         sides = sum(side(turn, d, batch, average, refresh) for d in (d_out, d_in))
         more += turn(product(d_out, d_in, batch)) + sides
     return sgd, sgd + more
-
-
-def images(batch: int, count: int, smoke: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return so many batches of training images of 28x28 and their labels."""
-    split = DATASETS.load("fashion-mnist-14" if smoke else "fashion-mnist")().train
-    inputs, targets = split.inputs[: count * batch], split.targets[: count * batch]
-    if smoke:
-        inputs = inputs.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    return list(zip(inputs.split(batch), targets.split(batch), strict=True))
 
 
 def measured(

@@ -9,6 +9,9 @@ A step is everything from the batch to the updated weights. A *round* is ``refre
 them with a refresh. All variants take their rounds in turns; counted are CPU seconds of the process with
 one thread, the median over rounds after one warm-up round, over SGD's median in the same turns.
 ``peers-requirements.txt`` says what to install; what is missing, or refuses a model, is left out and named.
+The MLP sees Fashion-MNIST (Debian's dataset-fashion-mnist, or MUPX_DATA_DIR; the smoke test and ``--memory``
+enlarge the embedded images): white noise would be the wrong data, as an average of it has no low rank.
+Myrtle-5 and the GPT, whose batches have more rows than their layers have units, see noise and random tokens.
 Every package gets lr 10⁻⁶, at which none diverges, and where it has them damping 0.01 and a running
 average of 0.95.
 """
@@ -29,6 +32,7 @@ from peer_steps import FAMILIES, Step, versions
 from sweeps import read_rows, set_threads, write_rows
 from torch import Tensor, nn
 
+from mupx.datasets import DATASETS
 from mupx.models.gpt import build as build_gpt
 from mupx.models.mlp import build as build_mlp
 from mupx.models.myrtle5 import build as build_myrtle5
@@ -48,16 +52,33 @@ def model_of(name: str, width: int) -> nn.Module:
     return build_gpt(width, input_shape=(TOKENS,), classes=VOCABULARY, layers=1)
 
 
-def batch_of(name: str, size: int) -> tuple[Tensor, Tensor]:
+def batches_of(name: str, size: int, count: int, smoke: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return so many batches, of inputs and labels."""
+    if name == "mlp":
+        return images(size, count, smoke)
     if name == "gpt":
-        tokens = torch.randint(0, VOCABULARY, (size, TOKENS))
-        return tokens, tokens.roll(-1, 1)
-    shape = (1, 28, 28) if name == "mlp" else (3, 32, 32)
-    return torch.randn(size, *shape), torch.randint(0, 10, (size,))
+        tokens = torch.randint(0, VOCABULARY, (count, size, TOKENS))
+        return [(x, x.roll(-1, 1)) for x in tokens]
+    return [(torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))) for _ in range(count)]
+
+
+def images(size: int, count: int, embedded: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return so many batches of training images of 28x28 and their labels.
+
+    Args:
+        size: Of a batch.
+        count: Of batches.
+        embedded: Take the embedded images of 14x14, enlarged.
+    """
+    split = DATASETS.load("fashion-mnist-14" if embedded else "fashion-mnist")().train
+    inputs, targets = split.inputs[: count * size], split.targets[: count * size]
+    if embedded:
+        inputs = inputs.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def prepared(
-    name: str, width: int, size: int, refresh: int, families: list[str]
+    name: str, width: int, batch: tuple[Tensor, Tensor], refresh: int, families: list[str]
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """Return the steps that ran once, and for the others why not."""
     steps, refused = {}, {}
@@ -68,7 +89,7 @@ def prepared(
             label = f"{family}: {package}"
             try:
                 step = make(model_of(name, width), refresh)
-                step(*batch_of(name, size))
+                step(*batch)
             except Exception as error:  # other people's code may fail in any way
                 refused[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
@@ -85,12 +106,12 @@ def one_round(step: Step, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def measure(
-    name: str, width: int, size: int, refresh: int, rounds: int, families: list[str]
+    name: str, width: int, size: int, refresh: int, rounds: int, families: list[str], smoke: bool
 ) -> list[dict[str, str]]:
-    steps, refused = prepared(name, width, size, refresh, families)
+    batches = batches_of(name, size, refresh, smoke)
+    steps, refused = prepared(name, width, batches[0], refresh, families)
     for label, reason in refused.items():
         print(f"left out at {name} {width}: {label}: {reason}")
-    batches = [batch_of(name, size) for _ in range(refresh)]
     for step in steps.values():  # the step that prepared them was a refresh: finish that round
         one_round(step, batches[1:]) if refresh > 1 else None
     times: dict[str, list[float]] = {label: [] for label in steps}
@@ -121,8 +142,8 @@ def memory_of(label: str, width: int, size: int, refresh: int) -> dict[str, str]
     family, package = label.split(": ")
     model = model_of("mlp", width)
     step = FAMILIES[family][package](model, refresh)
-    for _ in range(refresh + 2):
-        step(*batch_of("mlp", size))
+    for batch in images(size, refresh + 2, embedded=True):  # loading all of the others would be the peak
+        step(*batch)
     gc.collect()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
@@ -222,7 +243,7 @@ def main() -> None:
     for name, width, size, refresh, rounds in settings_of(arguments.smoke, arguments.only):
         if not arguments.smoke and str(size) not in arguments.batches:
             continue
-        new = measure(name, width, size, refresh, rounds, arguments.families)
+        new = measure(name, width, size, refresh, rounds, arguments.families, arguments.smoke)
         made = {tuple(row[key] for key in IDENTITY) for row in new}
         rows = [row for row in rows if tuple(row[key] for key in IDENTITY) not in made] + new
         print(show(new), flush=True)

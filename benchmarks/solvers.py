@@ -4,10 +4,11 @@
     python benchmarks/solvers.py --table          # print the committed results
     python benchmarks/solvers.py --smoke          # small widths, a few seconds
 
-ReLU MLP 784-w-w-10, random images, float32, one thread. A *round* is ``refresh`` steps, exactly one of
-them with a refresh (``staleness`` 1: a plain interval). Variants take turns round by round; the median
-over rounds after one warm-up round, divided by SGD's median in the same turns. ``dense`` is every factor
-inverted (or decomposed) and the whole gradient multiplied; ``auto`` is what :mod:`mupx.lowrank` chooses.
+ReLU MLP 784-w-w-10, Fashion-MNIST as for ``peers.py``, float32, one thread. A *round* is ``refresh`` steps,
+exactly one of them with a refresh (``staleness`` 1: a plain interval). Variants take turns round by round;
+the median over rounds after one warm-up round, divided by SGD's median in the same turns. ``dense`` is
+every factor inverted (or decomposed) and the whole gradient multiplied; ``auto`` is what
+:mod:`mupx.lowrank` chooses.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import images
 from sweeps import read_rows, set_threads, write_rows
-from torch import nn
+from torch import Tensor, nn
 
 from mupx.models.mlp import build
 from mupx.optim.base import Base
@@ -44,21 +46,21 @@ VARIANTS: dict[str, Make] = {
 }
 
 
-def one_round(model: nn.Module, optimizer: Base, batch_size: int, refresh: int) -> float:
+def one_round(model: nn.Module, optimizer: Base, batches: list[tuple[Tensor, Tensor]]) -> float:
     """Return CPU seconds per step."""
     started = time.process_time()
-    for _ in range(refresh):
-        x, y = torch.randn(batch_size, 1, 28, 28), torch.randint(0, 10, (batch_size,))
+    for x, y in batches:
         optimizer.zero_grad()
         with optimizer.curvature(y):
             F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return (time.process_time() - started) / refresh
+    return (time.process_time() - started) / len(batches)
 
 
-def measure(width: int, batch_size: int, refresh: int, rounds: int) -> dict[str, float]:
+def measure(width: int, batch_size: int, refresh: int, rounds: int, smoke: bool) -> dict[str, float]:
     """Return the median seconds per step of every variant, measured in turns."""
     torch.manual_seed(0)
+    batches = images(batch_size, refresh * (rounds + 1), smoke)
     pairs = {}
     for name, make in VARIANTS.items():
         model = build(width, input_shape=(1, 28, 28), classes=10)
@@ -66,7 +68,7 @@ def measure(width: int, batch_size: int, refresh: int, rounds: int) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in pairs}
     for turn in range(rounds + 1):
         for name, (model, optimizer) in pairs.items():
-            seconds = one_round(model, optimizer, batch_size, refresh)
+            seconds = one_round(model, optimizer, batches[turn * refresh : (turn + 1) * refresh])
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(each) for name, each in times.items()}
@@ -103,7 +105,7 @@ def main() -> None:
     for width in arguments.widths:
         for batch_size in arguments.batches:
             for refresh in arguments.refreshes:
-                seconds = measure(width, batch_size, refresh, arguments.rounds)
+                seconds = measure(width, batch_size, refresh, arguments.rounds, arguments.smoke)
                 for name, each in seconds.items():
                     ratio = f"{each / seconds['sgd']:.2f}"
                     setting = {"width": str(width), "batch": str(batch_size), "refresh": str(refresh)}
