@@ -236,7 +236,10 @@ def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
 def keep(path: Path, rows: list[dict[str, str]]) -> None:
     """Write rows in the place of those that say the same of other numbers, and leave the others."""
     found = {tuple(row[head] for head in HEADS[:5]): row for row in [*read_rows(path), *rows]}
-    write_rows(path, list(found.values()))
+    groups = list(dict.fromkeys(key[:4] for key in found))
+    write_rows(
+        path, [found[key] for key in sorted(found, key=lambda key: (groups.index(key[:4]), int(key[4])))]
+    )
 
 
 def show(rows: list[dict[str, str]]) -> str:

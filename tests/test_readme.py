@@ -101,6 +101,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("floor", "floor.py", 12),
         ("roots", "warm_roots.py", 36),
         ("waiting", "waiting.py", 20),
+        ("allocator", "allocator.py", 6),
         ("overhead", "overhead.py", 3),
         ("sketch", "sketch.py", 3),
     ],
