@@ -123,20 +123,25 @@ def test_of_the_ranks_of_a_run_the_first_takes_the_lock(tmp_path, monkeypatch, n
 
 def test_of_many_that_find_a_dead_lock_at_once_one_gets_it(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps({**Holder.here("tune").__dict__, "start": "1"}))
-    start, got = time.time() + 0.3, []
-    children = []
+    refused, refuse = os.pipe()
+    start, children = time.time() + 0.3, []
     for _ in range(8):
         pid = os.fork()
         if pid == 0:
+            signal.alarm(60)  # two holders would wait for ever
             time.sleep(max(0.0, start - time.time()))
             try:
                 with held(tmp_path, "tune"):
-                    time.sleep(0.5)
+                    for _ in range(7):  # however late the others come, it is held
+                        os.read(refused, 1)
                 os._exit(0)
             except StorageError:
+                os.write(refuse, b".")
                 os._exit(7)
         children.append(pid)
     got = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    os.close(refused)
+    os.close(refuse)
     assert sorted(got) == [0] + [7] * 7
 
 
