@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## Tune K-FAC at width 64 on Fashion-MNIST, transfer to width 1024, train it, show the regret
-	@$(BIN)/python examples/01_tune_and_transfer.py
+	@GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python examples/01_tune_and_transfer.py  # as mupx does
 
 test: $(STAMP)  ## Install and run the test suite, in JOBS processes (2)
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
