@@ -25,7 +25,7 @@ from mupx.optim.shampoo import Shampoo
 from mupx.optim.soap import SOAP
 
 Step = Callable[[Tensor, Tensor], Any]
-LR, DAMPING, EMA = 1e-6, 0.01, 0.95  # so small a lr that nothing diverges on random data
+LR, DAMPING, EMA = 1e-6, 0.01, 0.95  # so small a lr that nothing diverges
 
 
 def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from functools import cache
 KEPT = 2**30  # bytes
 KEPT_BEFORE = 2**25  # the most that earlier versions of glibc allow
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+OWN_CHOICE = ("MALLOC_TRIM_", "MALLOC_MMAP_", "MALLOC_TOP_PAD_")  # not MALLOC_ARENA_MAX, common on clusters
 
 
 @cache
@@ -22,10 +23,10 @@ def keep_freed_memory() -> None:
     """Have the process keep blocks of up to :data:`KEPT` bytes for itself when they are freed.
 
     For the rest of the process; without effect where the C library is not glibc, and where the environment
-    says what glibc's allocator is to do.
+    says when glibc's allocator is to return memory.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc." in tunables or any(name.startswith("MALLOC_") for name in os.environ):
+    if "glibc.malloc." in tunables or any(name.startswith(OWN_CHOICE) for name in os.environ):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -54,8 +54,9 @@ def plain() -> None:
         pytest.skip("here it is used again without it: another allocator, or huge pages")
 
 
-def test_after_a_run_what_is_freed_is_used_again(plain: None) -> None:
-    assert mapped("train") < 1
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_ARENA_MAX": "2"}], ids=["plain", "arenas"])
+def test_after_a_run_what_is_freed_is_used_again(plain: None, environment: dict[str, str]) -> None:
+    assert mapped("train", **environment) < 1
 
 
 @pytest.mark.parametrize(
