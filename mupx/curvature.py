@@ -159,7 +159,7 @@ class Captured(NamedTuple):
 
     Attributes:
         gradients: By parameter name.
-        inputs: h by layer name, ``[..., N·T, d_in]``.
+        inputs: h by layer name, ``[..., N·T, d_in]``, in the precision the layer gets it in.
         signals: ∂(mean loss)/∂(layer output) by layer name, ``[..., N·T, d_out]``: δ over ``terms``.
         weights: By layer name, ``[..., N·T]``: 1 for rows that count, 0 for ignored ones.
         loss: ``[...]``.
@@ -177,7 +177,8 @@ class Captured(NamedTuple):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return (A, B) of one layer, with whatever leading dimensions the capture was mapped over."""
-        h, signal, weights = self.inputs[name], self.signals[name], self.weights[name]
+        signal, weights = self.signals[name], self.weights[name]
+        h = self.inputs[name].to(signal.dtype)
         kept = h if _all_ones(weights) else h * weights.unsqueeze(-1)
         A = h.mT @ kept / weights.sum(-1)[..., None, None]
         return A, signal.mT @ signal * self.terms[..., None, None]
@@ -196,6 +197,7 @@ def functional_gradients(
     targets: Tensor,
     probes: Mapping[str, Tensor],
     but: Collection[str] = (),
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Captured:
     """Return gradients, layer inputs and signals as one pure function, for ``torch.func`` and ``vmap``.
 
@@ -207,12 +209,14 @@ def functional_gradients(
         targets: Its targets.
         probes: Layer name → zeros of the layer's output shape (see :func:`zero_probes`).
         but: Parameters whose gradient is left out.
+        precision: Returns the context the model runs forward in, such as autocast. Outputs, gradients and
+            signals are in the precision of the parameters whatever it is.
     """
     constant = {name: value for name, value in parameters.items() if name in but}
     varied = {name: value for name, value in parameters.items() if name not in but}
     layers = {name: model.get_submodule(name) for name in probes}
     terms = torch.as_tensor(loss.normaliser(targets), device=inputs.device)
-    mask = loss.mask(targets)
+    mask, dtype = loss.mask(targets), next(iter(parameters.values())).dtype
 
     def forward(
         values: Mapping[str, Tensor], added: Mapping[str, Tensor]
@@ -224,19 +228,21 @@ def functional_gradients(
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
                 h = input_rows(module, args[0])
                 kept = row_mask(mask, *h.shape[:2])
-                ones = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device)
+                ones = torch.ones(h.shape[:2], dtype=added[name].dtype, device=h.device)
                 rows[name] = h.flatten(0, 1)
                 weights[name] = (ones if kept is None else ones * kept).flatten()
-                return output + added[name]
+                return output + added[name].to(output.dtype)
 
             return hook
 
         handles = [layer.register_forward_hook(probe(name)) for name, layer in layers.items()]
         try:
-            outputs = torch.func.functional_call(model, {**values, **constant}, (inputs,))
+            with precision():
+                outputs = torch.func.functional_call(model, {**values, **constant}, (inputs,))
         finally:
             for handle in handles:
                 handle.remove()
+        outputs = outputs.to(dtype)
         return loss(outputs, targets), (rows, weights, outputs)
 
     (gradients, signals), (value, (rows, weights, outputs)) = torch.func.grad_and_value(

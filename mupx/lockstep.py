@@ -22,6 +22,7 @@ from mupx.stacked.base import Gradient, Rows, pick
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 ROUNDING = 1000  # units of eps by which a gradient may differ from the product of its rows
+ROUNDED = 4  # and of the eps that autocast rounds both to
 
 
 class Population:
@@ -102,7 +103,8 @@ class Population:
         left = set(by_rows.values())
 
         def one(values: dict[str, Tensor], scale: Tensor, x: Tensor, y: Tensor) -> Captured:
-            return functional_gradients(self.model, _Scaled(self.loss, scale), values, x, y, probes, left)
+            loss, precision = _Scaled(self.loss, scale), self._leader.precision
+            return functional_gradients(self.model, loss, values, x, y, probes, left, precision)
 
         own = None if self.paired else 0
         captured: Captured = vmap(one, in_dims=(0, 0, own, own))(self.values, self.scales, inputs, targets)
@@ -113,8 +115,12 @@ class Population:
         )
         if self.step == 0 and self._leader.experiment.train.grad_clip is None:
             self.update.rows_suffice = {name for name in probes if self._rows_suffice(name, captured)}
-        rows = {w: Rows(captured.signals[layer], captured.inputs[layer]) for layer, w in by_rows.items()}
-        return captured, rows
+        return captured, {weight: self._rows(captured, layer) for layer, weight in by_rows.items()}
+
+    def _rows(self, captured: Captured, layer: str) -> Rows:
+        signals, inputs = captured.signals[layer], captured.inputs[layer]
+        amp = self._leader.experiment.train.amp == "bf16" and signals.dtype == torch.float32
+        return Rows(signals, inputs, torch.bfloat16 if amp else None)
 
     def _rows_suffice(self, layer: str, captured: Captured) -> bool:
         """Whether a layer's rows give its weight's gradient; one with another use has more than they know."""
@@ -123,8 +129,11 @@ class Population:
         gradient, inputs = captured.gradients[name], captured.inputs[layer]
         if len(inputs) > 1:
             return False
-        difference = vector_norm(Rows(captured.signals[layer], inputs).product - gradient.flatten(2))
-        return bool(difference <= ROUNDING * torch.finfo(gradient.dtype).eps * vector_norm(gradient))
+        rows = self._rows(captured, layer)
+        rounding = ROUNDING * torch.finfo(gradient.dtype).eps
+        if rows.precision is not None:
+            rounding += ROUNDED * torch.finfo(rows.precision).eps
+        return bool(vector_norm(rows.product - gradient.flatten(2)) <= rounding * vector_norm(gradient))
 
     def _clipped(self, gradients: dict[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
         limit = self._leader.experiment.train.grad_clip
@@ -181,8 +190,9 @@ class Population:
         return {m: Metrics(a, b if labelled else None) for m, (a, b) in zip(self.runs, pairs, strict=True)}
 
     def _outputs(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = vmap(lambda values: functional_call(self.model, values, (inputs,)))(self.values)
-        return outputs * over(self.scales, outputs)
+        with self._leader.precision():
+            outputs: Tensor = vmap(lambda values: functional_call(self.model, values, (inputs,)))(self.values)
+        return outputs.to(self.scales.dtype) * over(self.scales, outputs)
 
 
 class _Scaled:

@@ -155,13 +155,16 @@ class Run:
         """Return inputs on the run's device, in its precision; token ids stay whole numbers."""
         return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
 
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model runs forward: autocast where ``train.amp`` asks for it."""
+        if self.experiment.train.amp == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits times ``output_scale``, in full precision."""
-        config, scale = self.experiment.train, self.experiment.hyperparameters.output_scale
-        precision: AbstractContextManager[Any] = nullcontext()
-        if config.amp == "bf16":
-            precision = torch.autocast(self.device.type, torch.bfloat16)
-        with precision:
+        scale = self.experiment.hyperparameters.output_scale
+        with self.precision():
             outputs = self._outputs(inputs)
         outputs = outputs.to(self.dtype)
         return outputs if scale == 1.0 else outputs * scale

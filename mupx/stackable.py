@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +48,6 @@ def obstacle_in_settings(run: Run) -> str | None:
         "optimizer.graft": own.graft != "none" and own.graft,
         "optimizer.normalise": own.normalise != "none" and own.normalise,
         "train.accumulate": config.accumulate > 1 and config.accumulate,
-        "train.amp": config.amp != "off" and config.amp,
     }
     found = [f"{key} = {value}" for key, value in refused.items() if value]
     return f"{found[0]} has no update for several models at once" if found else None
@@ -68,16 +70,21 @@ def _in_the_model(run: Run) -> str | None:
 
 
 def _two_at_once(run: Run, inputs: Tensor, targets: Tensor) -> Captured:
-    """Return the passes of the model and of one with other weights, as a population does them."""
+    """Return the passes of the model and of one with other weights, as a population does them.
+
+    What autocast makes of them is tried as well, and not returned: it is too coarse to compare.
+    """
     values = {name: torch.stack([p.detach(), APART * p.detach()]) for name, p in run.model.named_parameters()}
     probes = zero_probes(run.model, inputs)
 
-    def one(own: dict[str, Tensor]) -> Captured:
-        return functional_gradients(run.model, run.loss, own, inputs, targets, probes)
+    def one(own: dict[str, Tensor], precision: Callable[[], Any]) -> Captured:
+        return functional_gradients(run.model, run.loss, own, inputs, targets, probes, precision=precision)
 
     with warnings.catch_warnings():  # without a batching rule vmap loops over the members
         warnings.filterwarnings("error", message=".*performance drop.*")
-        captured: Captured = vmap(one)(values)
+        if run.experiment.train.amp != "off":
+            vmap(partial(one, precision=run.precision))(values)
+        captured: Captured = vmap(partial(one, precision=nullcontext))(values)
     return captured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,6 +48,53 @@ def test_members_of_other_seeds_see_their_own_batches(data: Dataset, case: str) 
     seeds = [each.updated({"train.seed": seed}) for seed, each in enumerate(members(**CASES[case]))]
     population = assert_equal_over(seeds, data)
     assert not population.paired
+
+
+def hidden_steps(case: str, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first step of a hidden weight in bf16, of members in lock-step and of separate runs."""
+    chosen = members(**CASES[case], **{"train.dtype": "float32", "train.amp": "bf16"})
+    population, alone = Population(runs(chosen, data)), runs(chosen, data)
+    start = population.values["hidden1.weight"].clone()
+    assert population.advance() == set()
+    for run in alone:
+        run.advance()
+    separate = torch.stack([dict(run.model.named_parameters())["hidden1.weight"].detach() for run in alone])
+    return population.values["hidden1.weight"] - start, separate - start
+
+
+@pytest.mark.parametrize("case", ["sgd", "kfac-trace", "shampoo"])
+def test_mixed_precision_is_that_of_separate_runs(data: Dataset, case: str) -> None:
+    together, separate = hidden_steps(case, data)
+    difference = (together - separate).flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)
+    assert difference.max() < 0.02  # five units of bf16: sums are rounded elsewhere
+    assert difference.max() > 1e-4  # float32 would be nearer than that
+
+
+def test_layers_see_what_autocast_makes_of_their_inputs(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = members(2, **CASES["sgd"], **{"train.dtype": "float32", "train.amp": "bf16"})
+    seen: list[torch.dtype] = []
+
+    def watched(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0].dtype)
+
+    population = Population(runs(chosen, data))
+    population.model.get_submodule("output").register_forward_pre_hook(watched)
+    population.advance()  # shapes are found out in float32
+    seen.clear()
+    population.advance()
+    rounded = population.evaluate(data.validation)
+    assert seen[0] == torch.bfloat16
+
+    monkeypatch.setattr("mupx.run.Run.precision", lambda run: nullcontext())
+    seen.clear()
+    exact = population.evaluate(data.validation)
+    population.advance()
+    assert set(seen) == {torch.float32}
+    for member, metrics in exact.items():
+        assert rounded[member].loss == pytest.approx(metrics.loss, rel=1e-2)
+        assert rounded[member].loss != pytest.approx(metrics.loss, rel=1e-6)
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -140,7 +188,8 @@ def left_out(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     seen: list[set[str]] = []
 
     def watched(*given: Any) -> Any:
-        seen.append(set(given[-1]))
+        *_, left, _ = given
+        seen.append(set(left))
         return functional_gradients(*given)
 
     monkeypatch.setattr(lockstep, "functional_gradients", watched)

@@ -73,6 +73,16 @@ class Frozen(Twice):
         self.hidden.requires_grad_(False)
 
 
+class Precise(Twice):
+    """A layer that does not bear autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.hidden(self.input(x))
+        if y.dtype == torch.bfloat16:
+            raise TypeError("bfloat16 is too coarse")
+        return self.output(y)
+
+
 def normalised(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(24, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
 
@@ -90,7 +100,11 @@ OBSTACLES = [
     (None, {"optimizer.solver": "low-rank"}, "optimizer.solver = low-rank has no update"),
     (None, {"optimizer.graft": "sgd"}, "optimizer.graft = sgd has no update"),
     (None, {"train.accumulate": 2}, "train.accumulate = 2 has no update"),
-    (None, {"train.amp": "bf16"}, "train.amp = bf16 has no update"),
+    (
+        Precise,
+        {"train.amp": "bf16", "train.dtype": "float32"},
+        "not run the model .bfloat16 is too",
+    ),
 ]
 
 
@@ -104,6 +118,14 @@ def test_what_cannot_be_stacked_is_said_in_a_clause(
     assert found is not None
     assert "\n" not in found
     assert re.search(said, found)
+
+
+def test_autocast_alone_is_no_obstacle(data: Dataset) -> None:
+    changes = {"train.dtype": "float32", "model.name": hand_over(Precise), "scaling.base_width": 6}
+    (run,) = runs([experiment(**changes)], data)
+    assert stackable.obstacle(run) is None
+    (run,) = runs([experiment(**{"train.dtype": "float32", "train.amp": "bf16"})], data)
+    assert stackable.obstacle(run) is None
 
 
 def test_a_layer_used_twice_is_no_obstacle_without_curvature(data: Dataset) -> None:

@@ -28,15 +28,18 @@ class Rows(NamedTuple):
     Attributes:
         signals: S, ∂(mean loss)/∂(layer output), ``[P, n, d_out]``.
         inputs: H, ``[1, n, d_in]``.
+        precision: What the factors of the product are rounded to first, as autocast does; None: not at all.
     """
 
     signals: Tensor
     inputs: Tensor
+    precision: torch.dtype | None = None
 
     @property
     def product(self) -> Tensor:
         """The gradients ``[P, d_out, d_in]``."""
-        return self.signals.mT @ self.inputs
+        dtype = self.signals.dtype if self.precision is None else self.precision
+        return (self.signals.to(dtype).mT @ self.inputs.to(dtype)).to(self.signals.dtype)
 
 
 Gradient = Tensor | Rows
