@@ -53,6 +53,7 @@ LEVELS = {
     "mupx.update_norm": 3,
     "mupx.gradients": 2,
     "mupx.lowrank": 2,
+    "mupx.running_means": 3,
     "mupx.sketch": 2,
     "mupx.preconditioning": 3,
     "mupx.samples": 3,

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mupx.errors import UsageError
 from mupx.linalg import Scalar
 from mupx.optim.base import DEFAULTS, Base, Groups, Scale
+from mupx.running_means import running
 
 
 def atan2_direction(
@@ -22,23 +22,23 @@ def atan2_direction(
     betas: Sequence[float],
     a: float,
     b: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (u, m, v): u = a · atan2(m̂, b √v̂) with m, v the running means of g and g².
+) -> Tensor:
+    """Return u = a · atan2(m̂, b √v̂) with m, v the running means of g and g².
 
     Args:
         gradient: g, ``[..., *shape]``.
-        mean: m before this step, zeros at first.
-        square: v before this step, zeros at first.
+        mean: m before this step, zeros at first; overwritten.
+        square: v before this step, zeros at first; overwritten.
         step: Steps including this one, from 1.
         betas: Decay rates of m and v.
         a: Factor on the angle; the largest entry is a·π/2.
         b: Factor on √v̂; Adam's update is the limit b → ∞ at a = b.
     """
     beta1, beta2 = betas
-    mean = torch.lerp(mean, gradient, 1 - beta1)
-    square = torch.lerp(square, gradient.square(), 1 - beta2)
-    root = square.sqrt() / math.sqrt(1 - beta2**step)
-    return a * torch.atan2(mean / (1 - beta1**step), b * root), mean, square
+    mean.lerp_(gradient, 1 - beta1)
+    square.lerp_(gradient.square(), 1 - beta2)
+    root = square.sqrt().div_(math.sqrt(1 - beta2**step))
+    return (mean / (1 - beta1**step)).atan2_(root.mul_(b)).mul_(a)
 
 
 class AdamAtan2(Base):
@@ -88,12 +88,8 @@ class AdamAtan2(Base):
         """Return a · atan2(m̂, b √v̂)."""
         state = self.state[parameter]
         step = state["step"] = state.get("step", 0) + 1
-        zeros = torch.zeros_like(gradient)
-        mean, square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-        update, state["exp_avg"], state["exp_avg_sq"] = atan2_direction(
-            gradient, mean, square, step, group["betas"], self.a, self.b
-        )
-        return update
+        mean, square = (running(state, key, gradient) for key in ("exp_avg", "exp_avg_sq"))
+        return atan2_direction(gradient, mean, square, step, group["betas"], self.a, self.b)
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return the RMS of √v̂, which nothing is added to."""

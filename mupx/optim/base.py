@@ -26,6 +26,7 @@ from mupx.lowrank import Thin
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
+from mupx.running_means import adam_direction, heavy_ball, running
 from mupx.scaling import WeightDecayMode, find_rule
 from mupx.update_norm import SIZES, asks_for_size, sized
 
@@ -45,31 +46,6 @@ class Scale(NamedTuple):
     size: float
     ridge: float | None
     trace: float | None = None
-
-
-def heavy_ball(update: Tensor, buffer: Tensor | None, momentum: Scalar) -> Tensor:
-    """Return the new momentum buffer v ← μ v + u; the first buffer is u itself."""
-    return update.clone() if buffer is None else buffer * over(momentum, buffer) + update
-
-
-def adam_direction(
-    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: Sequence[float], eps: Scalar
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (u, m, v): u = m̂ / (√v̂ + eps) with m, v the running means of g and g² (arXiv:1412.6980).
-
-    Args:
-        gradient: g, ``[..., *shape]``.
-        mean: m before this step, zeros at first.
-        square: v before this step, zeros at first.
-        step: Steps including this one, from 1.
-        betas: Decay rates of m and v.
-        eps: In the units of the gradient, broadcastable against ``[...]``.
-    """
-    beta1, beta2 = betas
-    mean = torch.lerp(mean, gradient, 1 - beta1)
-    square = torch.lerp(square, gradient.square(), 1 - beta2)
-    denominator = square.sqrt() / math.sqrt(1 - beta2**step) + over(eps, square)
-    return mean / (1 - beta1**step) / denominator, mean, square
 
 
 def decayed(
@@ -271,16 +247,8 @@ class Base(torch.optim.Optimizer):
         """Return Adam's direction: the whole of AdamW, and the fallback of the others."""
         state = self.state[parameter]
         step = state["step"] = state.get("step", 0) + 1
-        zeros = torch.zeros_like(gradient)
-        update, state["exp_avg"], state["exp_avg_sq"] = adam_direction(
-            gradient,
-            state.get("exp_avg", zeros),
-            state.get("exp_avg_sq", zeros),
-            step,
-            group["betas"],
-            group["eps"],
-        )
-        return update
+        mean, square = (running(state, key, gradient) for key in ("exp_avg", "exp_avg_sq"))
+        return adam_direction(gradient, mean, square, step, group["betas"], group["eps"])
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
         """Return the sizes of the statistics behind a parameter's last update, by symbol.

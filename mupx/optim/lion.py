@@ -10,18 +10,21 @@ from torch import Tensor
 
 from mupx.linalg import Scalar
 from mupx.optim.base import DEFAULTS, Base, Groups
+from mupx.running_means import running
 
 
-def lion_direction(gradient: Tensor, mean: Tensor, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return (u, m): u = sign(β₁ m + (1 − β₁) g), then m ← β₂ m + (1 − β₂) g.
+def lion_direction(gradient: Tensor, mean: Tensor, betas: Sequence[float]) -> Tensor:
+    """Return u = sign(β₁ m + (1 − β₁) g), then m ← β₂ m + (1 − β₂) g.
 
     Args:
         gradient: g, ``[..., *shape]``.
-        mean: m before this step, zeros at first.
+        mean: m before this step, zeros at first; overwritten.
         betas: β₁ of the interpolation, β₂ of the running mean.
     """
     beta1, beta2 = betas
-    return torch.lerp(mean, gradient, 1 - beta1).sign(), torch.lerp(mean, gradient, 1 - beta2)
+    update = torch.lerp(mean, gradient, 1 - beta1).sign_()
+    mean.lerp_(gradient, 1 - beta2)
+    return update
 
 
 class Lion(Base):
@@ -56,7 +59,5 @@ class Lion(Base):
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the sign of the interpolation."""
-        state = self.state[parameter]
-        mean = state.get("exp_avg", torch.zeros_like(gradient))
-        update, state["exp_avg"] = lion_direction(gradient, mean, group["betas"])
-        return update
+        mean = running(self.state[parameter], "exp_avg", gradient)
+        return lion_direction(gradient, mean, group["betas"])

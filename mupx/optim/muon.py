@@ -20,6 +20,7 @@ from mupx.errors import UsageError
 from mupx.linalg import Scalar, over
 from mupx.optim.base import DEFAULTS, Groups, Scale, require_choice, sort_groups
 from mupx.optim.divided import Divided
+from mupx.running_means import running
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero: singular values end near 1, not at it
 MOST_STEPS = 100
@@ -39,20 +40,18 @@ PACKED: Mapping[type[nn.Module], tuple[str, int]] = {  # torch's own: leaf names
 }
 
 
-def averaged(
-    gradient: Tensor, mean: Tensor, momentum: Scalar, nesterov: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return (what is orthogonalised, m): m ← μ m + (1 − μ) g, and with ``nesterov`` (1 − μ) g + μ m.
+def averaged(gradient: Tensor, mean: Tensor, momentum: Scalar, nesterov: bool = True) -> Tensor:
+    """Return what is orthogonalised: m ← μ m + (1 − μ) g, and with ``nesterov`` (1 − μ) g + μ m.
 
     Args:
         gradient: g, ``[..., *shape]``.
-        mean: m before this step, zeros at first.
+        mean: m before this step, zeros at first; overwritten.
         momentum: μ, broadcastable against ``[...]``.
         nesterov: Look one step ahead.
     """
     weight = over(momentum, gradient)
-    mean = torch.lerp(mean, gradient, 1 - weight)
-    return (torch.lerp(gradient, mean, weight) if nesterov else mean), mean
+    mean.lerp_(gradient, 1 - weight)
+    return torch.lerp(gradient, mean, weight) if nesterov else mean
 
 
 def newton_schulz(
@@ -180,10 +179,8 @@ class Muon(Divided):
 
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return O, part by part."""
-        state = self.state[parameter]
-        mean = state.get("momentum_buffer", torch.zeros_like(gradient))
-        update, state["momentum_buffer"] = averaged(gradient, mean, group["momentum"], self.nesterov)
-        matrix = update.flatten(1)
+        mean = running(self.state[parameter], "momentum_buffer", gradient)
+        matrix = averaged(gradient, mean, group["momentum"], self.nesterov).flatten(1)
         if self.dtype == "bfloat16" and matrix.dtype != torch.float64:
             matrix = matrix.bfloat16()
         parts = [

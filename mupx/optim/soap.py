@@ -28,9 +28,10 @@ from torch import Tensor
 from mupx.blocks import BOTH, blocks_of
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, gram, largest_eigenvalue, trace
-from mupx.optim.base import DEFAULTS, Groups, Scale, adam_direction, finite_or, sort_groups
+from mupx.optim.base import DEFAULTS, Groups, Scale, finite_or, sort_groups
 from mupx.optim.blockwise import Blockwise
 from mupx.refresh import Refresh, refresh_interval, require_refresh
+from mupx.running_means import adam_direction, running
 from mupx.tiles import in_parts
 
 
@@ -173,11 +174,10 @@ class SOAP(Blockwise):
         if first:
             self._observe(state, matrix, first)
             return torch.zeros_like(gradient)
-        zeros = torch.zeros_like(matrix)
-        update, state["exp_avg"], state["exp_avg_sq"] = adam_direction(
+        update = adam_direction(
             self._blockwise(rotate, state, matrix),
-            state.get("exp_avg", zeros),
-            state.get("exp_avg_sq", zeros),
+            running(state, "exp_avg", matrix),
+            running(state, "exp_avg_sq", matrix),
             state["step"],
             group["betas"],
             _uncorrected_eps(group, state["step"]),

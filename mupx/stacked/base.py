@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mupx.linalg import over
-from mupx.optim.base import Base, adam_direction, decayed, heavy_ball
+from mupx.optim.base import Base, decayed
+from mupx.running_means import adam_direction, heavy_ball, running
 
 Group = dict[str, Any]
 Factors = Mapping[str, Mapping[str, Tensor]]  # layer → side, A or B → factor
@@ -123,12 +124,8 @@ class Stacked:
 
     def adam(self, name: str, gradient: Tensor, group: Group) -> Tensor:
         """Return Adam's direction."""
-        state, zeros = self.state[name], torch.zeros_like(gradient)
-        mean, square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-        update, state["exp_avg"], state["exp_avg_sq"] = adam_direction(
-            gradient, mean, square, self.clock["step"] + 1, group["betas"], group["eps"]
-        )
-        return update
+        mean, square = (running(self.state[name], key, gradient) for key in ("exp_avg", "exp_avg_sq"))
+        return adam_direction(gradient, mean, square, self.clock["step"] + 1, group["betas"], group["eps"])
 
     def momentum(self, name: str, update: Tensor, group: Group) -> Tensor:
         """Return the heavy-ball buffer after adding ``update``; the update where no member has momentum."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mupx.optim.adam_atan2 import AdamAtan2, atan2_direction
 from mupx.optim.lion import lion_direction
+from mupx.running_means import running
 from mupx.stacked.base import Group, Stacked
 
 
@@ -31,10 +31,7 @@ class StackedLion(Stacked):
 
     def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
         """Return the sign of the interpolation."""
-        state = self.state[name]
-        mean = state.get("exp_avg", torch.zeros_like(gradient))
-        update, state["exp_avg"] = lion_direction(gradient, mean, group["betas"])
-        return update
+        return lion_direction(gradient, running(self.state[name], "exp_avg", gradient), group["betas"])
 
 
 class StackedAdamAtan2(Stacked):
@@ -44,9 +41,6 @@ class StackedAdamAtan2(Stacked):
 
     def direction(self, name: str, gradient: Tensor, group: Group) -> Tensor:
         """Return a · atan2(m̂, b √v̂)."""
-        state, zeros, step = self.state[name], torch.zeros_like(gradient), self.clock["step"] + 1
-        mean, square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-        update, state["exp_avg"], state["exp_avg_sq"] = atan2_direction(
-            gradient, mean, square, step, group["betas"], self.shell.a, self.shell.b
-        )
-        return update
+        mean, square = (running(self.state[name], key, gradient) for key in ("exp_avg", "exp_avg_sq"))
+        step, a, b = self.clock["step"] + 1, self.shell.a, self.shell.b
+        return atan2_direction(gradient, mean, square, step, group["betas"], a, b)

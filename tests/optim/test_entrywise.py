@@ -80,12 +80,14 @@ def test_constants_out_of_range_are_refused(a: float, b: float) -> None:
 def test_leading_dimensions_are_members_of_a_population() -> None:
     gradient, mean = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     square = torch.rand(3, 4, 5, dtype=torch.float64)
+
+    def found(part: slice | int) -> list[torch.Tensor]:
+        g, signs, first, second = gradient[part], *(x[part].clone() for x in (mean, mean, square))
+        updates = lion_direction(g, signs, BETAS), atan2_direction(g, first, second, 3, BETAS, 1.0, 2.0)
+        return [*updates, signs, first, second]
+
     for member in range(3):
-        whole = lion_direction(gradient, mean, BETAS)
-        alone = lion_direction(gradient[member], mean[member], BETAS)
-        angles = atan2_direction(gradient, mean, square, 3, BETAS, 1.0, 2.0)
-        angle = atan2_direction(gradient[member], mean[member], square[member], 3, BETAS, 1.0, 2.0)
-        for a, b in zip((*whole, *angles), (*alone, *angle), strict=True):
+        for a, b in zip(found(slice(None)), found(member), strict=True):
             torch.testing.assert_close(a[member], b, rtol=1e-14, atol=1e-15)
 
 

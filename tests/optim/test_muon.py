@@ -197,12 +197,13 @@ def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
 def test_leading_dimensions_are_members_of_a_population() -> None:
     gradient, mean = torch.randn(2, 3, 2, 6, 4, dtype=torch.float64)
     momentum = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
-    updates, means = averaged(gradient, mean, momentum)
+    means = mean.clone()
+    updates = averaged(gradient, means, momentum)
     eps = torch.tensor([1e-7, 1e-3, 100.0], dtype=torch.float64)
     whole = newton_schulz(updates, eps=eps[:, None])
     for member in range(3):
-        update, one = averaged(gradient[member], mean[member], float(momentum[member]))
-        torch.testing.assert_close(means[member], one, rtol=1e-14, atol=1e-14)
+        update = averaged(gradient[member], mean[member], float(momentum[member]))
+        torch.testing.assert_close(means[member], mean[member], rtol=1e-14, atol=1e-14)
         for part in range(2):
             alone = newton_schulz(update[part], eps=float(eps[member]))
             torch.testing.assert_close(whole[member, part], alone, rtol=1e-12, atol=1e-12)

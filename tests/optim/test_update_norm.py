@@ -14,11 +14,11 @@ import mupx
 from mupx import config, sections, update_norm
 from mupx.errors import UsageError
 from mupx.optim import KFAC, SOAP, Shampoo
-from mupx.optim.base import adam_direction
 from mupx.optim.captured import Captured
 from mupx.optim.ekfac import EKFAC
 from mupx.optim.foof import FOOF
 from mupx.parametrization import experiment_from
+from mupx.running_means import adam_direction
 from mupx.scaling import HOSTS, RULES, find_rule, grafted
 from mupx.update_norm import GRAFTS, frobenius, rescaled, spectral_norm
 from tests.factories import small_mlp
@@ -62,10 +62,10 @@ def treated(name: str) -> list[str]:
 
 
 def host_norms(graft: str, gradients: list[Tensor]) -> list[float]:
-    mean = square = torch.zeros_like(gradients[0])
+    mean, square = torch.zeros(2, *gradients[0].shape).to(gradients[0])
     norms = []
     for t, G in enumerate(gradients, start=1):
-        adam, mean, square = adam_direction(G, mean, square, t, (0.9, 0.8), 1e-14)
+        adam = adam_direction(G, mean, square, t, (0.9, 0.8), 1e-14)
         sizes = {"sgd": G.norm(), "adam": adam.norm(), "rms": torch.tensor(G.numel()).sqrt()}
         norms.append(float(sizes[graft]))
     return norms
