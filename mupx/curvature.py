@@ -124,8 +124,9 @@ class EagerCapture:
             sums.add_inputs(input_rows(module, part), own)
 
     def _add_delta(self, name: str, gradient: Tensor, scale: Tensor | float) -> None:
-        layer = self._layers[name]
-        self._sums[name].add_outputs(output_rows(layer, gradient.detach().to(layer.weight.dtype)), scale)
+        layer, sums = self._layers[name], self._sums[name]
+        sums.arrived = gradient.dtype
+        sums.add_outputs(output_rows(layer, gradient.detach().to(layer.weight.dtype)), scale)
 
     def add_fisher(self, outputs: Tensor, exact: bool, generator: Any = None, labels: Any = None) -> None:
         """Back-propagate the model's own output distribution to every layer.

@@ -17,6 +17,8 @@ from mupx.layer_rows import UNFOLDED
 from mupx.linalg import gram
 from mupx.lowrank import Thin
 
+SAMPLED = 8  # of so many rows one is looked at for edits, which are of whole matrices
+
 
 def nothing_captured() -> UsageError:
     """Return the error for a refresh without the passes it needs."""
@@ -39,6 +41,7 @@ class FactorSums:
     input_count: Tensor | float = 0.0
     outputs: Tensor | None = None
     output_count: Tensor | float = 0.0
+    arrived: torch.dtype | None = None  # what δ came in: under autocast a coarser one than the weight's
     at_once: ClassVar[int | None] = UNFOLDED  # bytes of patches laid out at a time; None: all of a pass
     holds: ClassVar[bool] = False  # whether rows are looked at again after the pass
 
@@ -171,7 +174,9 @@ class FactorRows(FactorSums):
 
         The rows give the gradient of this pass's loss up to one factor. A probe c·DᵀH v = G v finds the
         factor and tells whether it is all: clipping and loss scaling pass, a gradient that was averaged
-        over ranks, decayed or otherwise edited does not.
+        over ranks, decayed or otherwise edited does not. Under autocast G has the rounding errors of a
+        coarser precision, among which a small edit would hide; but then its entries are no longer numbers
+        of that precision.
 
         Args:
             actual: G as the optimizer sees it, ``[d_out, d_in]``.
@@ -186,4 +191,12 @@ class FactorRows(FactorSums):
         factor = (wanted @ found) / (found @ found)
         error = (wanted - factor * found).norm() / wanted.norm()
         scale, missed = torch.stack((factor, error)).tolist()
-        return Thin(D, H, scale) if missed < 1000 * torch.finfo(H.dtype).eps else None
+        allowed = 1000 * torch.finfo(H.dtype).eps
+        if self.arrived not in (None, actual.dtype) and _only_rounded(actual[::SAMPLED], self.arrived):
+            allowed = max(allowed, torch.finfo(self.arrived).eps)
+        return Thin(D, H, scale) if missed < allowed else None
+
+
+def _only_rounded(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all entries are numbers of a precision."""
+    return torch.equal(matrix.to(dtype).to(matrix.dtype), matrix)
