@@ -33,6 +33,7 @@ from mupx.run import Run, total_steps
 FULL, QUICK = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # default widths in base widths
 STEPS = (1, 10)
 SEEDS = (0, 1)
+LEARNED = 0.01  # of the untrained loss: what gains no more has learned nothing
 REACH = 4  # half-octave steps to either side of a line: ±2 octaves
 QUICK_STEPS = 30
 LEAST_SWEPT = 3
@@ -216,7 +217,24 @@ def _sweeps(session: Session, report: Report, quick: bool, beside_sp: bool) -> N
             sweep = _sweep(session, parametrization, axis, swept, quick, len(axes))
             if sweep is not None:
                 report.sweeps.append(sweep)
+                session.notes += _idle(session, sweep, quick)
     _wider(session, report, swept, quick)
+
+
+def _idle(session: Session, sweep: Sweep, quick: bool) -> list[str]:
+    """Return a sentence where the base width learns nothing anywhere on its line, which is then noise."""
+    line = sweep.lines[0]
+    place = _place(session, sweep.parametrization, line.width)
+    untrained = float(_loss(session, place, quick)["untrained"])
+    if sweep.gains[line.width] > LEARNED * untrained:
+        return []
+    values = f"{sweep.axis} 2^{line.values[0]:.1f} to 2^{line.values[-1]:.1f}"
+    where = f" at lr 2^{place.log2_lr:.1f}" if sweep.axis != "lr" else ""
+    return [
+        f"width {line.width} learned nothing over {values}{where}: its loss stayed within {LEARNED:.0%} of "
+        f"the untrained one, {untrained:.4g}, so that line is noise; verify with an lr at which the model "
+        "learns, or with more steps"
+    ]
 
 
 def _place(session: Session, parametrization: str, width: int) -> SweepPoint:

@@ -102,6 +102,17 @@ def test_a_layer_that_never_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert {row.name for row in report.rows} >= {"input.weight", "hidden.weight", "output.weight"}
 
 
+@pytest.mark.parametrize(("log2_lr", "idle"), [(-4, []), (-30, ["lr", "damping"])])
+def test_a_line_on_which_nothing_is_learned_is_called_noise(log2_lr: int, idle: list[str]) -> None:
+    chosen = experiment(settings.KFAC, **{**TINY, "hyperparameters__lr": 2.0**log2_lr})
+    report = verify(chosen, widths=WIDTHS, seeds=(0,), quick=True)
+    found = [text for text in report.notes if "learned nothing" in text]
+    assert len(found) == len(idle)
+    for text, axis in zip(found, idle, strict=True):
+        assert text.startswith(f"width 16 learned nothing over {axis} 2^")
+        assert ("at lr 2^" in text) == (axis == "damping")
+
+
 def test_a_run_that_breaks_later_keeps_what_was_read_before() -> None:
     chosen = experiment(settings.SGD, hyperparameters__lr=1e9, **{"model.args": {"activation": "relu"}})
     report = slopes(chosen, WIDTHS, seeds=(0,), steps=(1, 5))
