@@ -3,6 +3,7 @@
     python benchmarks/population.py               # about half an hour on one core
     python benchmarks/population.py --table       # print the committed results
     python benchmarks/population.py --asdl        # add what an Optuna loop around ASDL's K-FAC does
+    python benchmarks/population.py --bf16        # add what mixed precision gains
     python benchmarks/population.py --smoke       # everything small, a few seconds
 
 Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32).
@@ -14,15 +15,18 @@ diverge or are pruned end early, so its rates depend on what was asked. *ASDL*: 
 mupx, an Optuna study in SQLite whose objective trains the same network on the same batches with ASDL's K-FAC
 (`peers-requirements.txt`), at an lr at which it does not diverge, and reads the validation loss once, at
 its end. It refreshes in every tenth step from the first on, where our age rule does so 76 times in 200
-steps: *10!* is ours with as few refreshes, at an lr that bears them. Rates are per hour of wall time and of
-CPU time; gains are over P = 1 with as many threads, in CPU time with one thread and in wall time with
-several, which spin while they wait. ``best`` is the lowest validation loss found, a mean over seeds of the
-search. Rows that are not measured again are kept.
+steps: *10!* is ours with as few refreshes, at an lr that bears them. *in bf16*: training with
+``train.amp = bf16``, its gain over P = 1 in float32 (*beside bf16*) in the same turns; ``best`` there is the
+lowest validation loss of the P trials. Rates are per hour of wall time and of CPU time; gains are over P = 1
+with as many threads, in CPU time with one thread and in wall time with several, which spin while they wait.
+Of a search, ``best`` is the lowest validation loss found, a mean over its seeds. Rows that are not measured
+again are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -100,9 +104,11 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure_training(optimizer: str, refresh: int | str, sizes: list[int], steps: int, rounds: int) -> Times:
+def measure_training(
+    optimizer: str, refresh: int | str, sizes: list[int], steps: int, rounds: int, amp: str = "off"
+) -> Times:
     """Measure each P in turn, after one warm-up round."""
-    experiment = proxy(optimizer, refresh, steps)
+    experiment = proxy(optimizer, refresh, steps).updated({"train.amp": amp})
     data = parts.load_data(experiment)
     parameters = parts.describe(experiment, data)
 
@@ -122,6 +128,17 @@ def measure_training(optimizer: str, refresh: int | str, sizes: list[int], steps
             if turn:
                 times[size].append((wall / count, cpu / count))
     return times
+
+
+def lowest(optimizer: str, refresh: int | str, sizes: list[int], steps: int, amp: str) -> dict[int, float]:
+    """Return P → the lowest validation loss of P members."""
+    experiment = proxy(optimizer, refresh, steps).updated({"train.amp": amp})
+    data = parts.load_data(experiment)
+    parameters, found = parts.describe(experiment, data), {}
+    for size in sizes:
+        results = train_population(members(experiment, size), data=data, parameters=parameters)
+        found[size] = min(result.validation.loss for result in results if result and result.validation)
+    return found
 
 
 def measure_search(
@@ -184,15 +201,21 @@ def gain(base: list[tuple[float, float]], own: list[tuple[float, float]]) -> str
 
 
 def rows_of(
-    what: str, optimizer: str, refresh: int | str, times: Times, best: dict[int, float] | None = None
+    what: str,
+    optimizer: str,
+    refresh: int | str,
+    times: Times,
+    best: dict[int, float] | None = None,
+    base: list[tuple[float, float]] | None = None,
 ) -> list[dict[str, str]]:
-    rows = []
+    rows, base = [], times[1] if base is None else base
     for size, own in times.items():
         wall, cpu = medians(own)
         row = {"what": what, "optimizer": optimizer, "threads": str(torch.get_num_threads()), "P": str(size)}
         row["refresh"] = str(refresh) if optimizer in ("kfac", "shampoo") else "–"
         row |= {"trials/h": f"{3600 / wall:.0f}", "trials/CPU h": f"{3600 / cpu:.0f}"}
-        row |= {"gain": gain(times[1], own), "best": f"{best[size]:.4f}" if best else "–"}
+        known = best and not math.isnan(best[size])
+        row |= {"gain": gain(base, own), "best": f"{best[size]:.4f}" if known else "–"}
         rows.append({head: row[head] for head in HEADS})
     return rows
 
@@ -233,6 +256,25 @@ def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
     keep(path, rows)
 
 
+def add_bf16(path: Path, steps: int) -> None:
+    """Measure populations in mixed precision in turn with the ordinary loop, and add their rows."""
+    print(set_threads(1))
+    rows, few, many = [], [1, 64], [1, 8, 64, 128]
+    for optimizer, refresh in (*SETTINGS[:2], ("sgd", 10)):
+        found = in_turns(
+            {
+                "off": lambda o=optimizer, r=refresh: measure_training(o, r, few, steps, 1),
+                "bf16": lambda o=optimizer, r=refresh: measure_training(o, r, many, steps, 1, "bf16"),
+            }
+        )
+        base = found["off"][1]
+        for amp, what, sizes in (("off", "beside bf16", few), ("bf16", "in bf16", many)):
+            best = lowest(optimizer, refresh, sizes[1:], steps, amp)
+            rows += rows_of(what, optimizer, refresh, found[amp], {1: math.nan, **best}, base)
+        print(show(rows[-len(few + many) :]), flush=True)
+    keep(path, rows)
+
+
 def keep(path: Path, rows: list[dict[str, str]]) -> None:
     """Write rows in the place of those that say the same of other numbers, and leave the others."""
     found = {tuple(row[head] for head in HEADS[:5]): row for row in [*read_rows(path), *rows]}
@@ -259,10 +301,14 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--asdl", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.asdl:
         add_asdl(arguments.csv, arguments.steps, arguments.threads)
+        return
+    if arguments.bf16:
+        add_bf16(arguments.csv, arguments.steps)
         return
     if arguments.table:
         print(show(read_rows(arguments.csv)))

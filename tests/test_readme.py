@@ -102,6 +102,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("roots", "warm_roots.py", 36),
         ("waiting", "waiting.py", 20),
         ("allocator", "allocator.py", 6),
+        ("modes", "modes.py", 28),
         ("overhead", "overhead.py", 3),
         ("sketch", "sketch.py", 3),
     ],
