@@ -217,7 +217,8 @@ def _sweeps(session: Session, report: Report, quick: bool, beside_sp: bool) -> N
             sweep = _sweep(session, parametrization, axis, swept, quick, len(axes))
             if sweep is not None:
                 report.sweeps.append(sweep)
-                session.notes += _idle(session, sweep, quick)
+                if parametrization == own:  # at the base width SP has the same line
+                    session.notes += _idle(session, sweep, quick)
     _wider(session, report, swept, quick)
 
 

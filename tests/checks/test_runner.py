@@ -105,7 +105,7 @@ def test_a_layer_that_never_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("log2_lr", "idle"), [(-4, []), (-30, ["lr", "damping"])])
 def test_a_line_on_which_nothing_is_learned_is_called_noise(log2_lr: int, idle: list[str]) -> None:
     chosen = experiment(settings.KFAC, **{**TINY, "hyperparameters__lr": 2.0**log2_lr})
-    report = verify(chosen, widths=WIDTHS, seeds=(0,), quick=True)
+    report = verify(chosen, widths=WIDTHS, seeds=(0,), quick=True, beside_sp=True)
     found = [text for text in report.notes if "learned nothing" in text]
     assert len(found) == len(idle)
     for text, axis in zip(found, idle, strict=True):
