@@ -65,7 +65,7 @@ def decayed(
 
 
 class Base(torch.optim.Optimizer):
-    """Shell around pure tensor functions.
+    """Shell around functions of tensors.
 
     Args:
         params: Parameters, ``named_parameters()``, or groups as :func:`mupx.param_groups` makes them.

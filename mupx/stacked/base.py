@@ -1,4 +1,4 @@
-"""Updates of several models at once: the optimizers' pure functions with a leading axis of members.
+"""Updates of several models at once: the optimizers' functions with a leading axis of members.
 
 Shapes: parameters and gradients ``[P, *shape]``, hyperparameters ``[P]``, factors ``[P, d, d]``, or
 ``[1, d, d]`` where all members have the same one: that of the inputs of a first layer, if they see the
