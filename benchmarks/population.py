@@ -233,25 +233,30 @@ def in_turns(works: dict[str, Callable[[], Times]], turns: int = 3) -> dict[str,
 def add_asdl(path: Path, steps: int, counts: list[int]) -> None:
     """Measure the loop around ASDL in turn with our ordinary loop, and add its rows to the committed ones.
 
-    In the same turns, with one thread, our K-FAC with as few refreshes, and SGD, whose lock-step is the
-    least that any optimizer's can cost.
+    In the same turns, with one thread, our K-FAC with as few refreshes, alone and 64 at a time, those in bf16
+    too, and SGD, whose lock-step is the least that any optimizer's can cost.
     """
     rows = []
     for threads in counts:
         print(f"{set_threads(threads)}; {versions()}")
-        for refresh in (10, 1):
+        for refresh, few in ((10, FEW), (1, 1)):
             works: dict[str, Callable[[], Times]] = {
                 "ASDL": lambda r=refresh: measure_asdl(r, steps, 3),
                 "ours": lambda r=refresh: measure_training("kfac", r, [1], steps, 1),
             }
+            if threads == 1:
+                works["off"] = lambda r=few: measure_training("kfac", r, [1, 64], steps, 1)
+                works["bf16"] = lambda r=few: measure_training("kfac", r, [64], steps, 1, "bf16")
             if threads == 1 and refresh == 10:
-                works["few"] = lambda: measure_training("kfac", FEW, [1, 64], steps, 1)
                 works["sgd"] = lambda: measure_training("sgd", 10, [1, 64], steps, 1)
             found = in_turns(works)
             row = rows_of("ASDL", "kfac", refresh, found["ASDL"])[0]
             rows.append({**row, "gain": gain(found["ours"][1], found["ASDL"][1])})
-            for name, optimizer, few in (("few", "kfac", FEW), ("sgd", "sgd", 10)):
-                rows += rows_of("beside ASDL", optimizer, few, found.get(name, {}))
+            if threads == 1:
+                rows += rows_of("beside ASDL", "kfac", few, found["off"])
+                rows += rows_of("in bf16, beside ASDL", "kfac", few, found["bf16"], base=found["off"][1])
+            if "sgd" in found:
+                rows += rows_of("beside ASDL", "sgd", refresh, found["sgd"])
             print(show(rows), flush=True)
     keep(path, rows)
 
