@@ -32,10 +32,10 @@ def heavy_ball(update: Tensor, buffer: Tensor | None, momentum: Scalar) -> Tenso
     return update.clone() if buffer is None else buffer.mul_(over(momentum, buffer)).add_(update)
 
 
-def adam_direction(
-    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: Sequence[float], eps: Scalar
-) -> Tensor:
-    """Return u = m̂ / (√v̂ + eps) with m, v the running means of g and g² (arXiv:1412.6980).
+def adam_means(
+    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Return (m̂, √v̂), new tensors, with m, v the running means of g and g² (arXiv:1412.6980).
 
     Args:
         gradient: g, ``[..., *shape]``.
@@ -43,9 +43,26 @@ def adam_direction(
         square: v before this step, zeros at first; overwritten.
         step: Steps including this one, from 1.
         betas: Decay rates of m and v.
-        eps: In the units of the gradient, broadcastable against ``[...]``.
     """
     beta1, beta2 = betas
+    mean.lerp_(gradient, 1 - beta1)
+    square.lerp_(gradient.square(), 1 - beta2)
+    return mean / (1 - beta1**step), square.sqrt().div_(math.sqrt(1 - beta2**step))
+
+
+def adam_direction(
+    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: Sequence[float], eps: Scalar
+) -> Tensor:
+    """Return u = m̂ / (√v̂ + eps), arguments as for :func:`adam_means`.
+
+    Args:
+        gradient: g.
+        mean: m; overwritten.
+        square: v; overwritten.
+        step: Steps including this one.
+        betas: Decay rates.
+        eps: In the units of the gradient, broadcastable against ``[...]``.
+    """
     if _fused(gradient, mean, square, eps):
         # One pass over the entries in place of ten. From weights of zero a step of length −1 is u itself.
         update = torch.zeros_like(gradient)
@@ -56,8 +73,8 @@ def adam_direction(
             [square],
             [],
             [torch.tensor(float(step - 1))],
-            beta1=beta1,
-            beta2=beta2,
+            beta1=betas[0],
+            beta2=betas[1],
             eps=float(eps),
             lr=-1.0,
             weight_decay=0.0,
@@ -66,10 +83,8 @@ def adam_direction(
             fused=True,
         )
         return update
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(over(eps, square))
-    return (mean / (1 - beta1**step)).div_(denominator)
+    corrected, root = adam_means(gradient, mean, square, step, betas)
+    return corrected.div_(root.add_(over(eps, root)))
 
 
 def _fused(gradient: Tensor, mean: Tensor, square: Tensor, eps: Scalar) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mupx.errors import UsageError
 from mupx.linalg import Scalar
 from mupx.optim.base import DEFAULTS, Base, Groups, Scale
-from mupx.running_means import running
+from mupx.running_means import adam_means, running
 
 
 def atan2_direction(
@@ -23,22 +23,19 @@ def atan2_direction(
     a: float,
     b: float,
 ) -> Tensor:
-    """Return u = a · atan2(m̂, b √v̂) with m, v the running means of g and g².
+    """Return u = a · atan2(m̂, b √v̂), arguments as for :func:`mupx.running_means.adam_means`.
 
     Args:
-        gradient: g, ``[..., *shape]``.
-        mean: m before this step, zeros at first; overwritten.
-        square: v before this step, zeros at first; overwritten.
-        step: Steps including this one, from 1.
-        betas: Decay rates of m and v.
+        gradient: g.
+        mean: m; overwritten.
+        square: v; overwritten.
+        step: Steps including this one.
+        betas: Decay rates.
         a: Factor on the angle; the largest entry is a·π/2.
         b: Factor on √v̂; Adam's update is the limit b → ∞ at a = b.
     """
-    beta1, beta2 = betas
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    root = square.sqrt().div_(math.sqrt(1 - beta2**step))
-    return (mean / (1 - beta1**step)).atan2_(root.mul_(b)).mul_(a)
+    corrected, root = adam_means(gradient, mean, square, step, betas)
+    return corrected.atan2_(root.mul_(b)).mul_(a)
 
 
 class AdamAtan2(Base):
