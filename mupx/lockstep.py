@@ -22,7 +22,7 @@ from mupx.stacked.base import Gradient, Rows, pick
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 ROUNDING = 1000  # units of eps by which a gradient may differ from the product of its rows
-ROUNDED = 4  # and of the eps that autocast rounds both to
+ROUNDED = 0.25  # and of the eps that autocast rounds both to: what independent errors come to
 
 
 class Population:
