@@ -47,7 +47,8 @@ def _patches(layer: nn.Conv2d, h: Tensor) -> Tensor:
 def output_rows(layer: nn.Module, delta: Tensor) -> Tensor:
     """Lay a gradient with respect to a layer's output out as rows ``[N·T, d_out]``."""
     if isinstance(layer, nn.Conv2d):
-        return delta.movedim(1, -1).reshape(-1, delta.shape[1])
+        # Like patches: whole maps are copied, a row's entries lie apart.
+        return delta.transpose(0, 1).flatten(1).mT
     return delta.reshape(-1, delta.shape[-1])
 
 
