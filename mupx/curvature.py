@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from mupx.factor_sums import FactorSums
 from mupx.layer_rows import Layer, factorable_layers, input_rows, output_rows, row_mask, unfolded_bytes
 from mupx.losses import Loss
+from mupx.patch_moments import patch_moment, pays
 
 
 class EagerCapture:
@@ -117,8 +118,11 @@ class EagerCapture:
 
     def _add_inputs(self, name: str, module: nn.Module, h: Tensor, rows: int) -> None:
         sums, size = self._sums[name], unfolded_bytes(module, rows)
-        parts = 1 if sums.at_once is None else max(1, min(len(h), -(-size // sums.at_once)))
         mask = row_mask(self._mask, len(h), rows // max(len(h), 1))
+        if isinstance(module, nn.Conv2d) and mask is None and not sums.keeps_rows and pays(module, h):
+            sums.add_input_sum(patch_moment(module, h), rows)
+            return
+        parts = 1 if sums.at_once is None else max(1, min(len(h), -(-size // sums.at_once)))
         masks = [None] * parts if mask is None else mask.tensor_split(parts)
         for part, own in zip(h.tensor_split(parts) if parts > 1 else (h,), masks, strict=True):
             sums.add_inputs(input_rows(module, part), own)

@@ -53,6 +53,16 @@ class FactorSums:
         """
         return True
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the rows of the passes announced so far are wanted themselves, not only their sums."""
+        return False
+
+    def add_input_sum(self, total: Tensor, rows: int) -> None:
+        """Add Σ h hᵀ ``[d_in, d_in]`` over so many rows."""
+        self.inputs = total if self.inputs is None else self.inputs + total
+        self.input_count = self.input_count + float(rows)
+
     def add_inputs(self, rows: Tensor, mask: Tensor | None) -> None:
         """Add Σ h hᵀ over the rows ``[N, T, d_in]`` that ``mask`` ([N, T] or [N, 1]) keeps."""
         flat = rows.flatten(0, 1)
@@ -125,6 +135,18 @@ class FactorRows(FactorSums):
         self.h.clear()
         self.delta.clear()
         return False
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether they are few enough so far."""
+        return self.announced <= self.limit
+
+    def add_input_sum(self, total: Tensor, rows: int) -> None:
+        """Add Σ h hᵀ over more rows than are kept; what was kept of earlier passes is summed up too."""
+        for each in self.h:
+            super()._keep_inputs(each)
+        self.h.clear()
+        super().add_input_sum(total, rows)
 
     def _keep_inputs(self, rows: Tensor) -> None:
         self._keep(self.h, rows, super()._keep_inputs, self.inputs)

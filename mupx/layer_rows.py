@@ -31,7 +31,7 @@ def _patches(layer: nn.Conv2d, h: Tensor) -> Tensor:
     Position by position, as a row has them, what is copied lies scattered. With the positions of a patch's
     entry side by side whole lines are copied, which is four times as fast unless lines are short.
     """
-    left, right, top, bottom = _padding(layer)
+    left, right, top, bottom = padding_of(layer)
     windows = F.pad(h, (left, right, top, bottom))
     for axis, (size, gap, stride) in enumerate(
         zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
@@ -66,9 +66,10 @@ def row_mask(mask: Tensor | None, samples: int, positions: int) -> Tensor | None
     return mask.unsqueeze(1) if mask is not None and mask.shape == (samples,) else None
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return the zeros around an input: left, right, top, bottom, the order of ``F.pad``."""
     if isinstance(layer.padding, str):
-        # torch keeps the resolved "same"/"valid" padding in F.pad order.
+        # torch keeps the resolved "same"/"valid" padding.
         left, right, top, bottom = layer._reversed_padding_repeated_twice
         return left, right, top, bottom
     vertical, horizontal = layer.padding

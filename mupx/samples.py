@@ -32,6 +32,11 @@ class SampleRows(FactorSums):
     h: list[Tensor] = field(default_factory=list)  # one per pass
     delta: list[list[Tensor]] = field(default_factory=list)  # per pass one per direction
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Every sample's."""
+        return True
+
     def add_terms(self, terms: Tensor | float) -> None:
         """Count the terms of one more pass."""
         super().add_terms(terms)

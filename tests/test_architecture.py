@@ -63,6 +63,8 @@ LEVELS = {
     "mupx.curvature": 3,
     "mupx.factor_sums": 3,
     "mupx.layer_rows": 3,
+    "mupx.autocorrelation": 2,
+    "mupx.patch_moments": 3,
     "mupx.depth": 3,
     "mupx.advice": 1,
     "mupx.advice.measuring": 5,

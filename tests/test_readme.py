@@ -101,6 +101,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("floor", "floor.py", 12),
         ("roots", "warm_roots.py", 36),
         ("waiting", "waiting.py", 20),
+        ("patches", "patches.py", 10),
         ("allocator", "allocator.py", 6),
         ("modes", "modes.py", 28),
         ("overhead", "overhead.py", 3),

@@ -40,6 +40,9 @@ class Shape:
         d_in: Columns once flattened; 1 for a vector.
         n: Rows of its layer's inputs per step, 0 where they are not captured.
         positions: Of them, per sample.
+        channels: Of a convolution's inputs.
+        moment: Operations of the sum over patches where none are laid out (:mod:`mupx.patch_moments`),
+            else 0.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Shape:
     d_in: int
     n: int = 0
     positions: int = 1
+    channels: int = 1
+    moment: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -245,7 +250,7 @@ def psgd(shape: Shape, setting: Setting) -> Cost:
 
 def ekfac(shape: Shape, setting: Setting) -> Cost:
     """Return EKFAC's cost: K-FAC's with both eigenbases, and the second moments of the gradient in them."""
-    cost = kfac(shape, replace(setting, damping_rule="exact"))
+    cost = kfac(replace(shape, moment=0.0), replace(setting, damping_rule="exact"))  # of rows that are kept
     if shape.is_bias:
         return cost
     d_out, d_in, n = shape.d_out, shape.d_in, max(shape.n, 1)
@@ -272,6 +277,7 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     whole = setting.damping_rule == "exact"
     thin = setting.solver != "dense" and not whole and setting.fisher == "empirical"
     kept = thin and n <= max(d_out, d_in)
+    summed = shape.moment > 0 and not kept
     vectors = n if kept and min(d_out, d_in) >= SMALLEST else max(d_out, d_in)
     pair = []
     for side, d, other in (("B", d_out, d_in), ("A", d_in, d_out)):
@@ -287,9 +293,12 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
             solved = setting.solver != "dense" and prefers_cholesky(
                 d, min(other, vectors), round(setting.interval)
             )
-            pair.append(_side(d, n, columns, "eigh" if whole else "inverse", solved, setting))
-    capture = _capture(shape, size)
-    captures_always = thin and min(d_out, d_in) >= SMALLEST
+            one = _side(d, n, columns, "eigh" if whole else "inverse", solved, setting)
+            if side == "A" and summed:
+                one = _summed(one, shape)
+            pair.append(one)
+    capture = _capture(shape, size, summed)
+    captures_always = kept and min(d_out, d_in) >= SMALLEST
     applied = _applied(shape, pair, n if kept and captures_always else 0, exact=whole)
     return Cost(
         step=(*plain.step, *applied, *(capture if captures_always else ())),
@@ -334,9 +343,10 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     )
 
 
-def _capture(shape: Shape, size: int) -> Work:
-    """Return the work of keeping a layer's inputs and δ as rows; a convolution's are unfolded first."""
-    unfolded = float(shape.n * shape.d_in * size) if shape.positions > 1 else 0.0
+def _capture(shape: Shape, size: int, summed: bool = False) -> Work:
+    """Return the work of keeping a layer's inputs and δ as rows; a convolution's are unfolded or padded."""
+    unfolded = float(shape.n * (shape.channels if summed else shape.d_in) * size)
+    unfolded *= shape.positions > 1
     deltas = float(shape.n * shape.d_out * size)
     return elementwise(4 * unfolded + 2 * deltas, unfolded + deltas, 90)
 
@@ -362,6 +372,13 @@ def _side(d: int, n: int, columns: int | None, decomposition: str, solved: bool,
     inverse = () if solved else (factorised("inverse", d),)
     work = (*product, factorised("cholesky", d), *inverse)
     return Side(d, work, 2 * d**2, 4 * d**2, 2 * d**2, triangular=solved)
+
+
+def _summed(side: Side, shape: Shape) -> Side:
+    """Return a dense A whose patches are not laid out."""
+    _, *rest = side.refresh
+    C = shape.channels
+    return replace(side, refresh=(gemm(C, C, shape.moment / (2 * C**2)), *rest))
 
 
 def _sketch(d: int, n: int, itemsize: int) -> Side:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from mupx.advice.costs import Shape
 from mupx.advice.rates import Op, Work, elementwise, gemm
 from mupx.layer_rows import factorable_layers
 from mupx.layers import Parameter
+from mupx.patch_moments import moment_operations
 from mupx.roles import Factory
 
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # operation → where its two factors begin
@@ -92,7 +93,7 @@ def network_of(
         accumulate: Micro-batches that a batch is made of.
     """
     inputs = torch.empty(-(-batch_size // accumulate), *example.shape[1:], dtype=example.dtype, device="meta")
-    rows: dict[str, tuple[int, int]] = {}
+    rows: dict[str, _Rows] = {}
     handles = [
         layer.register_forward_hook(_counter(rows, f"{name}.weight", layer.weight.shape[0]))
         for name, layer in factorable_layers(model).items()
@@ -108,7 +109,7 @@ def network_of(
             name,
             p,
             parameters[name].kind if name in parameters else "tensor",
-            rows.get(name, (0, 1)),
+            rows.get(name, _Rows()),
             accumulate,
         )
         for name, p in trained.items()
@@ -126,15 +127,28 @@ def network_of(
     )
 
 
-def _shape(name: str, parameter: Tensor, kind: str, rows: tuple[int, int], accumulate: int) -> Shape:
-    d_out, (n, positions) = parameter.shape[0] if parameter.dim() else 1, rows
-    return Shape(name, kind, d_out, math.prod(parameter.shape[1:]), n * accumulate, positions)
+class _Rows(NamedTuple):
+    """What is known of a layer's inputs; fields as in :class:`mupx.advice.costs.Shape`."""
+
+    n: int = 0
+    positions: int = 1
+    channels: int = 1
+    moment: float = 0.0
 
 
-def _counter(rows: dict[str, tuple[int, int]], name: str, d_out: int) -> Any:
+def _shape(name: str, parameter: Tensor, kind: str, rows: _Rows, accumulate: int) -> Shape:
+    d_out = parameter.shape[0] if parameter.dim() else 1
+    seen = rows._replace(n=rows.n * accumulate, moment=rows.moment * accumulate)
+    return Shape(name, kind, d_out, math.prod(parameter.shape[1:]), *seen)
+
+
+def _counter(rows: dict[str, _Rows], name: str, d_out: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         n = output.numel() // d_out
-        rows[name] = (n, n // len(output))
+        found = _Rows(n, n // len(output))
+        if isinstance(module, nn.Conv2d):
+            found = found._replace(channels=args[0].shape[-3], moment=moment_operations(module, args[0]))
+        rows[name] = found
 
     return hook
 

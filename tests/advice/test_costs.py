@@ -86,6 +86,23 @@ def test_an_exact_damping_keeps_two_eigenbases():
     assert predicted_state("kfac", shapes_of(build, 24, (1, 6, 6)), setting) == pytest.approx(real, rel=0.1)
 
 
+def products(shape, name="kfac", **options):
+    """Return the operations of the matrix products in a refresh."""
+    setting = Setting(damping_rule=RULES[name].default_damping, **options)
+    work = COSTS[name].cost(shape, setting).refresh
+    return sum(2 * op.sizes[0] * op.sizes[1] * op.sizes[2] * op.times for op in work if op.kind == "gemm")
+
+
+def test_a_convolution_is_charged_for_patches_only_where_they_are_laid_out():
+    laid_out = Shape("w", "conv", 64, 576, n=64 * 256, positions=256, channels=64)
+    summed = replace(laid_out, moment=1e9)
+    assert products(laid_out) - products(summed) == pytest.approx(2 * 576**2 * 64 * 256 - 1e9)
+    assert seconds(kfac(summed, Setting()).refresh) < 0.5 * seconds(kfac(laid_out, Setting()).refresh)
+    assert products(summed, "ekfac") == products(laid_out, "ekfac")  # keeps the rows themselves
+    few = {"n": 512, "positions": 8}
+    assert products(replace(summed, **few)) == products(replace(laid_out, **few))
+
+
 WIDE = Shape("w", "linear", 2048, 2048, n=64)
 
 

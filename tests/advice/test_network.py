@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mupx import patch_moments
 from mupx.advice.costs import Shape
 from mupx.advice.network import calls_of, network_of, outline, traced
 from mupx.advice.rates import Op
@@ -52,11 +53,14 @@ def test_a_layer_knows_its_rows_and_accumulation_keeps_them():
     assert network(accumulate=4).activations < 0.3 * network().activations
 
 
-def test_a_convolution_counts_positions():
+def test_a_convolution_counts_positions(monkeypatch):
+    monkeypatch.setattr(patch_moments, "LEAST", 0.0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, CLASSES)).to("meta")
     found = network(model)
     kernel = found.shapes[0]
     assert (kernel.d_out, kernel.d_in, kernel.n, kernel.positions) == (4, 9, BATCH * 36, 36)
+    pixels = 13 * 8 * 8 + 4 * (6 + 5 + 4) + 4  # thirteen shifts of a padded image, less lines, and corners
+    assert (kernel.channels, kernel.moment) == (1, 2 * BATCH * pixels)
     convolved = sum(op.sizes[0] for op in found.passes if op.kind == "conv")
     assert convolved == 2 * BATCH * 36 * 4 * 9 * 2  # forward and weight gradient; the first has no input's
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from mupx import patch_moments
 from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
 from mupx.factor_sums import FactorSums
@@ -117,6 +118,18 @@ class TestStoredReference:
             assert float((updates[f"{layer}.weight"] - expected).abs().max()) < TOLERANCE
             unscaled = oracles.kronecker_update(A, B, G, 0.04, 0.01)
             assert float((updates[f"{layer}.weight"] - unscaled).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_patches_that_are_not_laid_out_give_the_stored_factors(
+    fisher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "kfac_conv_nobias"
+    laid_out = captured(name, fisher)
+    monkeypatch.setattr(patch_moments, "LEAST", 0.0)
+    assert not torch.equal(captured(name, fisher)["0"][0], laid_out["0"][0])  # summed in another order
+    TestStoredReference().test_factors(name, fisher)
+    TestStoredReference().test_absolute_damping_with_biases_apart(name, fisher)
 
 
 def captured(name: str, fisher: str) -> dict[str, tuple[Tensor, Tensor]]:
