@@ -27,7 +27,7 @@ from mupx.autocorrelation import Shift, operations, shifted_sums
 from mupx.layer_rows import padding_of
 
 GAIN = 2.0  # of patches' operations over ours from which on it pays: their product knows that it is symmetric
-LEAST = 5e7  # operations to save: what the calls for all blocks take, about a millisecond
+LEAST = 7e5  # operations to save for each sum and each block: what a call takes beside them
 
 Span = tuple[int, int]  # start, stop
 Pair = tuple[int, int]  # taps, numbered row by row, the first not behind the second
@@ -119,10 +119,12 @@ def moment_operations(layer: nn.Conv2d, h: Tensor) -> float:
         return 0.0
     N, C, *_ = h.shape
     pairs = 2.0 * N * C**2
-    strips = {strip for block in blocks_of(*axes).values() for strip in (*block.lines, *block.corners)}
-    found = operations(h.shape, _shifts(*axes)) + pairs * sum(map(_area, strips))
+    blocks, shifts = blocks_of(*axes), _shifts(*axes)
+    strips = {strip for block in blocks.values() for strip in (*block.lines, *block.corners)}
+    found = operations(h.shape, shifts) + pairs * sum(map(_area, strips))
     laid_out = pairs * (vertical.size * horizontal.size) ** 2 * vertical.outputs * horizontal.outputs
-    return found if laid_out - GAIN * found >= LEAST else 0.0
+    calls = len(blocks) + len(strips) + len(shifts)
+    return found if laid_out - GAIN * found >= LEAST * calls else 0.0
 
 
 def patch_moment(layer: nn.Conv2d, h: Tensor) -> Tensor:
