@@ -7,9 +7,9 @@ Wiener and Khinchin: with â the Fourier transform of an image padded to n₁ by
 
     S(s) = 1/(n₁ n₂) Σ_f Re[exp(2πi (f₁ s₁ / n₁ + f₂ s₂ / n₂)) Σ conj(â(f)) â(f)ᵀ].
 
-Of real images half of the frequencies tell everything, so a cross-spectrum takes three real products in a
-quarter of the places that thirteen shifts have. Images are so small that a product with the matrix of the
-transform is quicker than a fast one, and it leaves the channels of a frequency together. Either way the
+Of real images half of the frequencies tell everything: three real products there, however many the shifts,
+where otherwise each shift takes one at all pixels. Images are so small that a product with the matrix of the
+transform serves as well as a fast one, and it leaves the channels of a frequency together. Either way the
 error is that of sums in the input's precision.
 """
 
@@ -45,9 +45,9 @@ def shifted_sums(h: Tensor, shifts: Sequence[Shift]) -> Tensor:
     spectral = _prefers_spectra(h.shape, shifts)
     per_sample = max(1, h[0].numel() * h.element_size())
     count = max(FEWEST if spectral else 1, AT_ONCE // per_sample)
-    return torch.stack(
-        [_by_spectra(x, shifts) if spectral else _one_by_one(x, shifts) for x in h.split(count)]
-    ).sum(0)
+    sums = _by_spectra if spectral else _one_by_one
+    first, *others = (sums(samples, shifts) for samples in h.split(count))
+    return sum(others, first)
 
 
 def operations(shape: Sequence[int], shifts: Sequence[Shift]) -> float:
@@ -94,7 +94,7 @@ def _by_spectra(h: Tensor, shifts: Sequence[Shift]) -> Tensor:
     down, across = _down(H, high, h.dtype, h.device), _across(W, size[1], h.dtype, h.device)
     total = h.new_zeros(len(shifts), C, C)
     for part in _parts(half, 2 * (H + high) * N * C + 2 * high * C**2, h.element_size()):
-        lines = across[:, part].flatten(0, 1) @ pixels  # [H, 2·f₂, N·C]
+        lines = torch.bmm(across[:, part].flatten(0, 1).expand(H, -1, -1), pixels)  # [H, 2·f₂, N·C]
         real, imaginary = (down @ lines.view(2 * H, -1)).view(2, -1, N, C)  # [f₁·f₂, N, C] each
         even = torch.bmm(real.mT, real).baddbmm_(imaginary.mT, imaginary)
         odd = torch.bmm(real.mT, imaginary)
