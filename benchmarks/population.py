@@ -4,6 +4,7 @@
     python benchmarks/population.py --table       # print the committed results
     python benchmarks/population.py --asdl        # add what an Optuna loop around ASDL's K-FAC does
     python benchmarks/population.py --bf16        # add what mixed precision gains
+    python benchmarks/population.py --images      # add a convolutional net
     python benchmarks/population.py --smoke       # everything small, a few seconds
 
 Proxies of width 64 (MLP 196-64-64-10 on the embedded Fashion-MNIST 14×14, batch 256, 200 steps, float32).
@@ -17,10 +18,11 @@ mupx, an Optuna study in SQLite whose objective trains the same network on the s
 its end. It refreshes in every tenth step from the first on, where our age rule does so 76 times in 200
 steps: *10!* is ours with as few refreshes, at an lr that bears them. *in bf16*: training with
 ``train.amp = bf16``, its gain over P = 1 in float32 (*beside bf16*) in the same turns; ``best`` there is the
-lowest validation loss of the P trials. Rates are per hour of wall time and of CPU time; gains are over P = 1
-with as many threads, in CPU time with one thread and in wall time with several, which spin while they wait.
-Of a search, ``best`` is the lowest validation loss found, a mean over its seeds. Rows that are not measured
-again are kept.
+lowest validation loss of the P trials. *Myrtle-5*: that net of so many channels, batch 64, 20 steps; with
+more than eight channels `mupx tune` runs its trials one after the other. Rates are per hour of wall time and
+of CPU time; gains are over P = 1 with as many threads, in CPU time with one thread and in wall time with
+several, which spin while they wait. Of a search, ``best`` is the lowest validation loss found, a mean over
+its seeds. Rows that are not measured again are kept.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -105,10 +108,16 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure_training(
-    optimizer: str, refresh: int | str, sizes: list[int], steps: int, rounds: int, amp: str = "off"
+    optimizer: str,
+    refresh: int | str,
+    sizes: list[int],
+    steps: int,
+    rounds: int,
+    amp: str = "off",
+    **more: Any,
 ) -> Times:
     """Measure each P in turn, after one warm-up round."""
-    experiment = proxy(optimizer, refresh, steps).updated({"train.amp": amp})
+    experiment = resolved(proxy(optimizer, refresh, steps).updated({"train.amp": amp, **more}))
     data = parts.load_data(experiment)
     parameters = parts.describe(experiment, data)
 
@@ -280,6 +289,20 @@ def add_bf16(path: Path, steps: int) -> None:
     keep(path, rows)
 
 
+def add_images(path: Path) -> None:
+    """Measure populations of a convolutional net, and add their rows."""
+    print(set_threads(1))
+    rows = []
+    for channels in (8, 16):
+        size = {"scaling.width": channels, "scaling.base_width": channels}
+        net = {"model.name": "myrtle5", "train.batch_size": 64, "hyperparameters.lr": 1e-4, **size}
+        for optimizer in ("kfac", "sgd"):
+            found = measure_training(optimizer, 10, [1, 8, 32], 20, 3, **net)
+            rows += rows_of(f"Myrtle-5, {channels} channels", optimizer, 10, found)
+            print(show(rows[-3:]), flush=True)
+    keep(path, rows)
+
+
 def keep(path: Path, rows: list[dict[str, str]]) -> None:
     """Write rows in the place of those that say the same of other numbers, and leave the others."""
     found = {tuple(row[head] for head in HEADS[:5]): row for row in [*read_rows(path), *rows]}
@@ -307,6 +330,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--asdl", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--images", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.asdl:
@@ -314,6 +338,9 @@ def main() -> None:
         return
     if arguments.bf16:
         add_bf16(arguments.csv, arguments.steps)
+        return
+    if arguments.images:
+        add_images(arguments.csv)
         return
     if arguments.table:
         print(show(read_rows(arguments.csv)))

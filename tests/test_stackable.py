@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mupx import stackable
-from mupx.datasets.base import Dataset
+from mupx.datasets.base import Dataset, Split
 from mupx.usercode import hand_over
 from tests.small_runs import assert_equal_over, experiment, members, runs, small_data
 
@@ -118,6 +118,18 @@ def test_what_cannot_be_stacked_is_said_in_a_clause(
     assert found is not None
     assert "\n" not in found
     assert re.search(said, found)
+
+
+@pytest.mark.parametrize(
+    ("width", "obstacle"), [(8, None), (9, "is a convolution of 9 channels, and on a CPU")]
+)
+def test_wide_convolutions_are_not_trained_side_by_side(width: int, obstacle: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(48, 2, 8, 8, generator=generator), torch.arange(48) % 4)
+    images = Dataset("small", split, split, split, 4, "0")
+    (run,) = runs([experiment(**{"model.name": "myrtle5", "model.args": {}, "scaling.width": width})], images)
+    found = stackable.obstacle(run)
+    assert found is None if obstacle is None else obstacle in str(found)
 
 
 def test_autocast_alone_is_no_obstacle(data: Dataset) -> None:
