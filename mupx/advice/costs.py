@@ -166,6 +166,11 @@ def adamw(shape: Shape, setting: Setting) -> Cost:
     return _moments(shape, setting, kept=2, moved=14, made=3, calls=24)
 
 
+def adam_atan2(shape: Shape, setting: Setting) -> Cost:
+    """Return Adam-atan2's cost: Adam's means by ten operations; a root or an arctangent counts as two."""
+    return _moments(shape, setting, kept=2, moved=32, made=9, calls=24)
+
+
 def lion(shape: Shape, setting: Setting) -> Cost:
     """Return Lion's cost: one moment, an interpolation for the sign and one for the moment."""
     return _moments(shape, setting, kept=1, moved=12, made=4, calls=18)
@@ -479,7 +484,7 @@ COSTS: Mapping[str, Declared] = {
     "shampoo-right": Declared(partial(shampoo, sides="R"), refreshes=True),
     "foof": Declared(foof, refreshes=True),
     "lion": Declared(lion),
-    "adam-atan2": Declared(adamw),
+    "adam-atan2": Declared(adam_atan2),
     "muon": Declared(muon),
     "soap": Declared(soap, refreshes=True, compared=True),
     "soap-left": Declared(partial(soap, sides="L"), refreshes=True),

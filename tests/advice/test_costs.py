@@ -103,6 +103,11 @@ def test_a_convolution_is_charged_for_patches_only_where_they_are_laid_out():
     assert products(replace(summed, **few)) == products(replace(laid_out, **few))
 
 
+def test_adam_without_a_fused_operation_is_charged_for_each():
+    fused, apart = (seconds(COSTS[name].cost(WIDE, Setting()).step) for name in ("adamw", "adam-atan2"))
+    assert fused < 0.6 * apart
+
+
 WIDE = Shape("w", "linear", 2048, 2048, n=64)
 
 
