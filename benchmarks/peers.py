@@ -142,8 +142,9 @@ def memory_of(label: str, width: int, size: int, refresh: int) -> dict[str, str]
     family, package = label.split(": ")
     model = model_of("mlp", width)
     step = FAMILIES[family][package](model, refresh)
-    for batch in images(size, refresh + 2, embedded=True):  # loading all of the others would be the peak
-        step(*batch)
+    for x, y in images(size, refresh + 2, embedded=True):  # loading all of the others would be the peak
+        step(x.clone(), y.clone())  # who keeps a batch keeps no other
+    del x, y
     gc.collect()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
