@@ -64,12 +64,9 @@ def taken(layer: nn.Conv2d, h: Tensor) -> str:
     """Return what mupx takes for a layer."""
     if not moment_operations(layer, h):
         return "patches"
-    with patch.object(autocorrelation, "_by_spectra", side_effect=NotImplementedError):
-        try:
-            patch_moment(layer, h)
-        except NotImplementedError:
-            return "spectra"
-    return "shifts"
+    with patch.object(autocorrelation, "_by_spectra", wraps=autocorrelation._by_spectra) as spectra:
+        patch_moment(layer, h)
+    return "spectra" if spectra.called else "shifts"
 
 
 def inputs(channels: int, side: int, batch: int) -> Tensor:
