@@ -288,4 +288,6 @@ class Captured(Divided):
 
 
 def _layers_by_weight(model: nn.Module) -> dict[int, Layer]:
-    return {id(layer.weight): layer for layer in factorable_layers(model).values()}
+    # A weight that is computed from others, by torch's parametrizations, is a new tensor at every look.
+    layers = (layer for layer in factorable_layers(model).values() if "weight" in layer._parameters)
+    return {id(layer.weight): layer for layer in layers}

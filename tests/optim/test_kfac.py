@@ -327,6 +327,16 @@ def test_what_cannot_be_factored_goes_to_adamw() -> None:
     assert float(updates["1.weight"].abs().max()) == pytest.approx(0.5, rel=1e-3)
 
 
+def test_a_layer_whose_weight_is_computed_goes_to_adamw() -> None:
+    model = small_mlp()
+    torch.nn.utils.parametrizations.orthogonal(model[2])
+    optimizer = KFAC(model.named_parameters(), model)
+    assert optimizer.fallback == ["2.bias", "2.parametrizations.weight.original"]
+    before = model[2].weight.detach().clone()
+    train(model, optimizer, make_batches(3))
+    assert not torch.equal(before, model[2].weight)
+
+
 def test_a_frozen_layer_neither_moves_nor_forces_refreshes() -> None:
     model = small_mlp()
     model[2].weight.requires_grad_(False)
