@@ -48,7 +48,7 @@ def with_curvature(model: nn.Module, optimizer: Base) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        with optimizer.curvature(y):
+        with optimizer.curvature(y, gradients=False):
             loss_of(model(x), y).backward()
         optimizer.step()
 

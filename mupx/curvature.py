@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from mupx.factor_sums import FactorSums
+from mupx.factor_sums import FactorRows, FactorSums
 from mupx.layer_rows import Layer, factorable_layers, input_rows, output_rows, row_mask, unfolded_bytes
+from mupx.left_out import LeftOut
 from mupx.losses import Loss
 from mupx.patch_moments import patch_moment, pays
 
@@ -48,6 +49,7 @@ class EagerCapture:
         loss_scale: Factor between the back-propagated quantity and the mean loss (gradient
             accumulation by 1/k, a GradScaler's scale).
         empirical: Take δ from the backward pass itself (otherwise from :meth:`add_fisher`).
+        left: What of the weights' gradients these passes leave out, by layer name.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class EagerCapture:
         targets: Tensor | None = None,
         loss_scale: float = 1.0,
         empirical: bool = True,
+        left: Mapping[str, LeftOut] | None = None,
     ) -> None:
         self._layers, self._sums, self._loss = layers, sums, loss
+        self._left = left or {}
         self._mask: Tensor | None = None
         self._terms: Tensor | int | None = None
         if loss is not None and targets is not None:
@@ -93,19 +97,24 @@ class EagerCapture:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            layer = self._layers[name]
+            layer, sums = self._layers[name], self._sums[name]
+            call = self._left[name].call_of(output) if name in self._left else None
+            if call is not None and isinstance(sums, FactorRows) and not sums.summed:
+                return  # the gradient alone is wanted, and is kept already
             # A layer's rows are as many as its outputs have positions: known without unfolding its input.
-            if not output.requires_grad or not self._sums[name].takes(output.numel() // len(layer.weight)):
+            if not output.requires_grad or not sums.takes(output.numel() // len(layer.weight)):
                 return
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
-                h = args[0].detach().to(layer.weight.dtype)
-                if self._sums[name].holds and not args[0].requires_grad and isinstance(module, nn.Linear):
+                h = args[0].detach().to(layer.weight.dtype) if call is None else call.h
+                if call is not None:
+                    call.captured = self._mask is None
+                elif sums.holds and not args[0].requires_grad and isinstance(module, nn.Linear):
                     h = h.clone()  # data, whose buffer may have the next batch before the step
                 terms = h.shape[0] if self._terms is None else self._terms
                 if name not in self._counted:
                     self._counted.add(name)
-                    self._sums[name].add_terms(terms)
+                    sums.add_terms(terms)
                 self._add_inputs(name, module, h, output.numel() // len(layer.weight))
             if self._empirical:
                 if isinstance(terms, Tensor) and layer.weight.dtype == torch.float64:

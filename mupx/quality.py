@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from mupx.optim.adapter import Trainable
+from mupx.optim.base import multiplied
 
 Gradients = Sequence[Tensor | None]
 
@@ -129,9 +130,14 @@ class Watch:
         self._gradients: Gradients = ()
         self.found: dict[str, Any] = {}
 
-    def keep_gradients(self) -> None:
-        """Keep the gradients at the old weights, before anything edits them."""
-        self._gradients = [None if p.grad is None else p.grad.clone() for p in self._named.values()]
+    def keep_gradients(self, optimizer: Trainable) -> None:
+        """Keep the gradients at the old weights, before anything edits them.
+
+        Args:
+            optimizer: After the backward pass.
+        """
+        found = ((p, optimizer.gradient_of(p)) for p in self._named.values())
+        self._gradients = [None if g is None else multiplied(g, p).clone() for p, g in found]
 
     def finish(self, optimizer: Trainable, again: Callable[[Sequence[Tensor]], Gradients]) -> None:
         """Measure after the step; the result is :attr:`found`.

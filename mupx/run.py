@@ -206,7 +206,7 @@ class Run:
         total = self.parallel.ranks.summed(total)[0]
         if math.isfinite(total):
             if watch is not None:
-                watch.keep_gradients()
+                watch.keep_gradients(self.optimizer)
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             with own(self.experiment.optimizer.name, lambda: f"doing its step at {self._where}"):
@@ -228,7 +228,8 @@ class Run:
                 (self.forward(x).sum() * 0.0).backward()
             return 0.0
         weight = share * self.parallel.ranks.size  # the exchange takes the ranks' mean
-        with self.optimizer.curvature(y, loss_scale=weight):
+        clipped = self.experiment.train.grad_clip is not None
+        with self.optimizer.curvature(y, loss_scale=weight, gradients=clipped):
             outputs = self.forward(x)
             self.optimizer.update_curvature(outputs)
             loss = self.loss(outputs, y)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mupx import config, dotted, quality, report
 from mupx.datasets.base import Dataset, Split
 from mupx.errors import UsageError
+from mupx.left_out import LeftOut
 from mupx.optim import OPTIMIZERS
 from mupx.optim.base import Base
 from mupx.optim.ekfac import EKFAC
@@ -172,7 +173,7 @@ def linear_regression(optimizer_of: Any) -> float:
         outputs = model(x)
         optimizer.update_curvature(outputs)
         ((outputs - y).square().sum() / 80).backward()
-    watch.keep_gradients()
+    watch.keep_gradients(optimizer)
     optimizer.step()
     watch.finish(optimizer, gradients)
     return float(watch.found["curvature"]["weight"]["c"])
@@ -204,7 +205,7 @@ def test_a_layer_whose_factor_is_zero_has_no_c_and_the_others_have() -> None:
         model[2].weight.zero_()  # δ = 0 below a zero head
     (x, y), watch = batches(1, DOUBLE)[0], Watch(model, torch.device("cpu"))
     backward(model, optimizer, x, y)
-    watch.keep_gradients()
+    watch.keep_gradients(optimizer)
     optimizer.step()
     loss = nn.functional.cross_entropy
     watch.finish(optimizer, lambda wanted: torch.autograd.grad(loss(model(x), y), wanted))
@@ -334,6 +335,35 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without(name: str, tmp_path:
     for every in (1, 5):
         assert finals[every].keys() == finals[None].keys()
         assert all(torch.equal(finals[every][key], finals[None][key]) for key in finals[None])
+
+
+def test_gradients_that_a_run_leaves_out_are_there_for_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kronecker"):
+        monkeypatch.setattr(f"{module}.SMALLEST", 8)
+    changes = {"train.grad_clip": None, "train.batch_size": 4, "train.accumulate": 1, "model.name": "mlp"}
+    changes |= {"scaling.width": 32, "optimizer.solver": "low-rank"}
+    data, finals, left_out = toy_data(), [], []
+    multiply = LeftOut.forward
+
+    def forward(self: LeftOut, inputs: Tensor) -> Tensor:
+        output = multiply(self, inputs)
+        left_out.append(self.call_of(output) is not None)
+        return output
+
+    monkeypatch.setattr(LeftOut, "forward", forward)
+    for every in (None, 1):
+        folder = tmp_path / str(every)
+        chosen = experiment("kfac", **changes, **{"train.curvature_every": every})
+        train_experiment(chosen, data=data, run_dir=folder)
+        finals.append(final_weights(folder))
+    assert any(left_out)
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+    assert all(len(entry["curvature"]) == 6 for entry in measured(tmp_path / "1"))
+    left_out.clear()
+    train_experiment(experiment("kfac", **{**changes, "train.grad_clip": 0.5}), data=data)
+    assert not any(left_out)  # a norm is clipped over all gradients
 
 
 @pytest.mark.parametrize("name", ["kfac", "foof", "ekfac"])

@@ -80,6 +80,7 @@ class Setting:
         interval: Mean number of steps from one refresh to the next.
         blocks: Largest block edge; 0 means one block.
         classes: Outputs per term of the loss.
+        clipped: Whether the norm of the gradients is, so that all of them are made.
     """
 
     itemsize: int = 4
@@ -92,6 +93,7 @@ class Setting:
     interval: float = 10.0
     blocks: int = 0
     classes: int = 10
+    clipped: bool = False
 
     @property
     def keep(self) -> float:
@@ -104,7 +106,7 @@ class Cost:
     """What one tensor adds.
 
     Attributes:
-        step: Work of every step, without forward and backward pass.
+        step: Work of every step, without forward and backward pass; what it leaves out of them is negative.
         refresh: Work of a refresh, beyond that.
         state: Bytes that stay from step to step.
         workspace: Bytes that live while the tensor is treated.
@@ -304,9 +306,18 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
             pair.append(one)
     capture = _capture(shape, size, summed)
     captures_always = kept and min(d_out, d_in) >= SMALLEST
-    applied = _applied(shape, pair, n if kept and captures_always else 0, exact=whole)
+    rows = n if kept and captures_always else 0
+    applied = _applied(shape, pair, rows, exact=whole)
+    # Memory is needed for it all the same: the first step, which has no solver yet, has all gradients.
+    leaves_out = sides == "AB" and shape.kind == "linear" and not setting.clipped
+    left_out = leaves_out and _is_thin(shape, pair, rows)
     return Cost(
-        step=(*plain.step, *applied, *(capture if captures_always else ())),
+        step=(
+            *plain.step,
+            *applied,
+            *(capture if captures_always else ()),
+            *((gemm(d_out, d_in, n, -1.0),) if left_out else ()),
+        ),
         refresh=(*(() if captures_always else capture), *(op for side in pair for op in side.refresh)),
         state=plain.state + size * (sum(side.state for side in pair) + whole * shape.numel),
         workspace=plain.workspace + size * (max(side.workspace for side in pair) + 2 * shape.numel),
@@ -449,10 +460,19 @@ def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Wor
     column, row = pair
     if n and column.alone and row.alone:
         return (gemm(n, n, n), gemm(n, min(d_out, d_in), n), gemm(d_out, d_in, n))
-    # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
-    if n and thin_pays(cast(Any, column), cast(Any, row), (d_out, d_in), n):
+    if _is_thin(shape, pair, n):
         return (*column.applied(n), *row.applied(n), gemm(d_out, d_in, n))
     return (*column.applied(d_in), *row.applied(d_out))
+
+
+def _is_thin(shape: Shape, pair: list[Side], n: int) -> bool:
+    """Whether solvers of both sides are applied to rows, of which there are n, and not to their product."""
+    if not n or len(pair) == 1:
+        return False
+    column, row = pair
+    # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
+    pays = thin_pays(cast(Any, column), cast(Any, row), (shape.d_out, shape.d_in), n)
+    return pays or (column.alone and row.alone)
 
 
 def _repeated(work: Work, times: float) -> Work:

@@ -159,6 +159,7 @@ def setting_of(
         interval=steps / max(refreshes, 1),
         blocks=optimizer.blocks,
         classes=classes,
+        clipped=experiment.train.grad_clip is not None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mupx.gradients import all_finite
-from mupx.optim.base import Base, Scale
+from mupx.optim.base import Base, Gradient, Scale
 
 
 class Adapter:
@@ -59,10 +59,14 @@ class Adapter:
         for part in self._parts:
             part.step()
 
+    def gradient_of(self, parameter: Tensor) -> Gradient | None:
+        """Return the gradient that the coming step is made from, or None where there is none."""
+        return parameter.grad
+
     def curvature(
-        self, targets: Tensor | None = None, *, loss_scale: float = 1.0
+        self, targets: Tensor | None = None, *, loss_scale: float = 1.0, gradients: bool = True
     ) -> AbstractContextManager[None]:
-        """Wrap the forward and backward pass, where the optimizer wants that."""
+        """Wrap the forward and backward pass, where the optimizer wants that; it gets all gradients."""
         context: AbstractContextManager[None] = self._curvature(targets, loss_scale=loss_scale)
         return context
 

@@ -32,6 +32,7 @@ from mupx.update_norm import SIZES, asks_for_size, sized
 
 Groups = Iterable[Any]
 Update = Tensor | Thin  # of a parameter's shape, or of its shape as a matrix
+Gradient = Tensor | Thin  # likewise
 
 
 class Scale(NamedTuple):
@@ -113,11 +114,18 @@ class Base(torch.optim.Optimizer):
     def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return u such that the step is W ← W − lr·u; runs without autograd."""
 
+    def gradient_of(self, parameter: Tensor) -> Gradient | None:
+        """Return the gradient that the coming step is made from, or None where there is none."""
+        return parameter.grad
+
+    def before_gradients(self) -> None:
+        """Put together what the passes left of the gradients."""
+
     def before_step(self) -> None:
         """Refresh whatever the directions of this step need."""
 
     def curvature(
-        self, targets: Tensor | None = None, *, loss_scale: float = 1.0
+        self, targets: Tensor | None = None, *, loss_scale: float = 1.0, gradients: bool = True
     ) -> AbstractContextManager[None]:
         """Wrap the forward and backward pass; optimizers with captured curvature override this."""
         return nullcontext()
@@ -148,7 +156,8 @@ class Base(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         require_dense(self.param_groups)
-        finite = all_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
+        self.before_gradients()
+        finite = all_finite(list(self._gradient_tensors()))
         for group in self.param_groups:
             group["skipped_steps"] += int(not finite)
             group["skipped_in_a_row"] = 0 if finite else group["skipped_in_a_row"] + 1
@@ -156,9 +165,17 @@ class Base(torch.optim.Optimizer):
             self.forget()
             return loss
         self.before_step()
-        moving = ((p, g) for g in self.param_groups for p in g["params"] if p.grad is not None)
+        moving = ((p, g) for g in self.param_groups for p in g["params"] if self.gradient_of(p) is not None)
         self.update_all([(parameter, group) for parameter, group in moving if parameter.numel()])
         return loss
+
+    def _gradient_tensors(self) -> Generator[Tensor]:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            gradient = self.gradient_of(parameter)
+            if isinstance(gradient, Thin):
+                yield from (gradient.D, gradient.H)
+            elif gradient is not None:
+                yield gradient
 
     @property
     def skipped_steps(self) -> int:
@@ -200,13 +217,13 @@ class Base(torch.optim.Optimizer):
             self.move(parameter, group, factor, update)
 
     def update_of(
-        self, parameter: Tensor, group: dict[str, Any], decayed: tuple[Scalar, Tensor]
+        self, parameter: Tensor, group: dict[str, Any], decayed: tuple[Scalar, Gradient]
     ) -> tuple[Scalar, Update]:
         """Return (factor on the weights, direction) from (that factor, the gradient)."""
         factor, gradient = decayed
         direct = self.adam if group["algorithm"] != self.algorithm else self.direction
         with self.repairing(parameter):
-            return factor, direct(parameter, gradient, group)
+            return factor, direct(parameter, gradient, group)  # type: ignore[arg-type]
 
     def move(self, parameter: Tensor, group: dict[str, Any], factor: Scalar, update: Update) -> None:
         """Do W ← factor · W − lr · u."""
@@ -225,10 +242,13 @@ class Base(torch.optim.Optimizer):
         else:
             parameter.add_(update, alpha=-lr)
 
-    def _decayed(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Scalar, Tensor]:
+    def _decayed(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Scalar, Gradient]:
         """Return (factor on the weights, gradient) under the group's weight decay."""
         decay = (group["weight_decay_mode"], group["weight_decay"], group["lr"], group["reference_lr"])
-        return decayed(parameter, parameter.grad, *decay)  # type: ignore[arg-type]
+        gradient = self.gradient_of(parameter)
+        if isinstance(gradient, Thin) and group["weight_decay_mode"] == "l2":
+            gradient = multiplied(gradient, parameter)
+        return decayed(parameter, gradient, *decay)  # type: ignore[arg-type]
 
     def step_size(self, parameter: Tensor, group: dict[str, Any]) -> Scalar:
         """Return what multiplies the direction: the lr, times a scale of the optimizer's own if it has one.
@@ -241,7 +261,8 @@ class Base(torch.optim.Optimizer):
     def _gradient(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the gradient that the parameter's update is made from."""
         l2 = group["weight_decay"] if group["weight_decay_mode"] == "l2" else 0.0
-        return decayed(parameter, parameter.grad, "l2", l2, 1.0, 1.0)[1]  # type: ignore[arg-type]
+        gradient = multiplied(self.gradient_of(parameter), parameter)  # type: ignore[arg-type]
+        return decayed(parameter, gradient, "l2", l2, 1.0, 1.0)[1]
 
     def adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return Adam's direction: the whole of AdamW, and the fallback of the others."""

@@ -20,18 +20,22 @@ from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
 from mupx.factor_sums import FactorSums
 from mupx.layer_rows import Layer, factorable_layers
+from mupx.left_out import LeftOut, can_leave_out, leaving_out
 from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
+from mupx.lowrank import Thin
 from mupx.optim.base import (
     DEFAULTS,
+    Gradient,
     Groups,
     Refresh,
     Update,
+    multiplied,
     require_choice,
     require_refresh,
     sort_groups,
 )
-from mupx.optim.divided import Divided, cubes_of, interval_of
+from mupx.optim.divided import Divided, Moving, cubes_of, interval_of
 from mupx.pooling import pool
 from mupx.refresh import needs_refresh, needs_statistics
 
@@ -99,6 +103,7 @@ class Captured(Divided):
         self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
         self._sums: dict[str, FactorSums] = {}
         self._rows: dict[str, FactorSums] = {}
+        self._left: dict[int, LeftOut] = {}  # by weight
         self._capture: EagerCapture | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,7 +163,9 @@ class Captured(Divided):
         return needs_statistics(state, self.refresh, self.staleness, self.statistics)
 
     @contextmanager
-    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
+    def curvature(
+        self, targets: Tensor | None = None, *, loss_scale: float = 1.0, gradients: bool = True
+    ) -> Generator[None]:
         """Capture curvature from the passes inside when a refresh is due, and thin gradients where they pay.
 
         Args:
@@ -166,6 +173,10 @@ class Captured(Divided):
                 the loss is a plain mean over the batch dimension.
             loss_scale: Factor on the back-propagated loss: 1/k when accumulating k micro-batches, the
                 scale of a GradScaler.
+            gradients: Have every weight's ``grad``. False leaves out of the backward pass what the step does
+                without: such a weight's ``grad`` is None, or what the weight gets by another use than its
+                layer's. Nothing between the backward pass and the step can then edit all gradients: no
+                clipping of their norm, no GradScaler.
         """
         watched = self._watched()
         layers: dict[str, Layer] = {self._name(w): self._layers[id(w)] for w in watched}
@@ -176,11 +187,13 @@ class Captured(Divided):
         for weight in watched:
             self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
         empirical = self.fisher == "empirical"
+        left = {} if gradients else {self._name(w): each for w in watched if (each := self._leave_out(w))}
+        capture = EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical, left)
         try:
-            with EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical) as self._capture:
+            with leaving_out(left.values()), capture as self._capture:
                 yield
         except BaseException:
-            self._sums = {}  # what a broken pass left must not enter the next factors
+            self.forget()  # what a broken pass left must not enter the next factors
             raise
         finally:
             self._capture = None
@@ -195,9 +208,36 @@ class Captured(Divided):
         if self._capture is not None and self.fisher in ("mc", "exact"):
             self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
 
+    def _leave_out(self, weight: Tensor) -> LeftOut | None:
+        layer = self._layers[id(weight)]
+        if id(weight) not in self._left and isinstance(layer, nn.Linear) and can_leave_out(layer):
+            left = LeftOut(self._name(weight), layer, lambda rows: self.leaves_out(weight, rows))
+            self._left[id(weight)] = left
+        return self._left.get(id(weight))
+
+    def leaves_out(self, weight: Tensor, rows: int) -> bool:
+        """Whether the coming step is cheaper without the gradient of a weight than with it.
+
+        Args:
+            weight: Of a Linear layer.
+            rows: How many rows the layer's inputs and outputs have.
+        """
+        return False
+
     def forget(self) -> None:
         """Drop what the passes captured for a step that will not be done."""
-        self._sums = {}
+        self._sums, self._left = {}, {}
+
+    def before_gradients(self) -> None:
+        """Multiply out what was left out of a gradient that came in part."""
+        for left in self._left.values():
+            if left.weight.grad is not None:
+                left.multiply_out()
+
+    def gradient_of(self, parameter: Tensor) -> Gradient | None:
+        """Return a gradient, thin where it was left out of the backward pass."""
+        left = self._left.get(id(parameter))
+        return parameter.grad if left is None or left.thin is None else left.thin
 
     def before_step(self) -> None:
         """Turn what was captured, by all ranks, into state, where its step has come."""
@@ -205,7 +245,7 @@ class Captured(Divided):
         self._rows, self._sums = self._sums, {}
         # Looked up anew: load_state_dict replaces the groups.
         groups = {id(p): g for g in self.param_groups for p in g["params"]}
-        due = [weight for weight in self._weights() if weight.grad is not None and self._renews(weight)]
+        due = [w for w in self._weights() if self.gradient_of(w) is not None and self._renews(w)]
         self._pool([weight for weight in due if self._averages(self.state.get(weight, {}))])
 
         def refresh(weight: Tensor) -> None:
@@ -216,6 +256,11 @@ class Captured(Divided):
             # What the others make their update with is the solver: rows must not make this one's.
             updates = {self._name(weight) for weight in due if self.sends_updates(weight)}
             self._rows = {name: rows for name, rows in self._rows.items() if name in updates}
+
+    def update_all(self, moving: Moving) -> None:
+        """Move the parameters that have a gradient, which may have been left out of the backward pass."""
+        super().update_all(moving)
+        self._left = {}  # not waiting for zero_grad: the model's knows nothing of them
 
     def _renews(self, weight: Tensor) -> bool:
         state = self.state.get(weight, {})
@@ -261,16 +306,20 @@ class Captured(Divided):
             groups: Parameter id → its group.
         """
 
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
+    def direction(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> Update:
         """Return the momentum of the preconditioned gradient."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         if id(parameter) in self._layers:
-            update = self.precondition_weight(parameter, gradient.flatten(1), group)
-            shaped = update.view_as(gradient) if isinstance(update, Tensor) else update
+            if isinstance(gradient, Thin):
+                update = self.precondition_thin(parameter, gradient, group)
+            else:
+                update = self.precondition_weight(parameter, gradient.flatten(1), group)
+            shaped = update.view_as(parameter) if isinstance(update, Tensor) else update
             return self.momentum(parameter, shaped, group)
+        gradient = multiplied(gradient, parameter)
         weight = self._bias_owner[id(parameter)].weight
-        if weight.grad is None and self.bias_needs_weight:
+        if self.gradient_of(weight) is None and self.bias_needs_weight:
             raise UsageError(
                 f"{self._names[id(parameter)]} trains but {self._names[id(weight)]} does not: a bias uses "
                 "the factor B that is kept with its layer's weight; freeze both, or build the optimizer "
@@ -281,6 +330,10 @@ class Captured(Divided):
     @abstractmethod
     def precondition_weight(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
         """Return the update of a weight gradient flattened to ``[d_out, d_in]``."""
+
+    def precondition_thin(self, weight: Tensor, gradient: Thin, group: dict[str, Any]) -> Update:
+        """Return the update of a gradient that was left out of the backward pass."""
+        return self.precondition_weight(weight, gradient.product, group)
 
     @abstractmethod
     def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:

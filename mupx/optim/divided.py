@@ -115,7 +115,7 @@ class Divided(Base):
             self._release()
         groups = ((p, g) for g in self.param_groups if g["algorithm"] == self.algorithm for p in g["params"])
         split = [(p, g) for p, g in groups if p.grad is not None and p.numel() and self._joined(p)]
-        self._join([(parameter, self._decayed(parameter, group)[1]) for parameter, group in split])
+        self._join([(p, multiplied(self._decayed(p, group)[1], p)) for p, group in split])
 
     def _join(self, split: Sequence[tuple[Tensor, Tensor]]) -> None:
         ranks, by_rows = self.communicator, []

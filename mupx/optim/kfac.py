@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mupx.factor_sums import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
-from mupx.lowrank import LowRank, factor_in
+from mupx.lowrank import LowRank, Thin, factor_in
 from mupx.optim.base import Groups, Refresh, Scale, Update, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
@@ -55,6 +55,9 @@ class KFAC(Kronecker):
             optimizer.update_curvature(outputs)  # Monte-Carlo and exact Fisher only
             loss(outputs, targets).backward()
         optimizer.step()
+
+    With ``curvature(targets, gradients=False)`` the backward pass leaves out the gradients of weights whose
+    update is made without them; see :meth:`curvature`.
 
     Width rule (arXiv:2312.12226): lr × 1, ρ_A × r_in, ρ_B × 1/r_out; ``trace`` needs no multiplier.
 
@@ -174,16 +177,31 @@ class KFAC(Kronecker):
         """Return (B + ρ_B)⁻¹ G (A + ρ_A)⁻¹, by thin products where they pay."""
         state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
         if self._thin and isinstance(rows, FactorRows):
-            left, right = side_of(state, "B"), side_of(state, "A")
-            d_out, d_in = gradient.shape
-            alone = rows.alone == {"A", "B"}
-            if alone or thin_pays(left, right, (d_out, d_in), sum(map(len, rows.h))):
+            own = rows.alone == {"A", "B"}
+            if own or self._thin_pays(weight, sum(map(len, rows.h))):
                 thin = rows.gradient(gradient)
-                if thin is not None and alone:
-                    return own_update(cast(LowRank, left), thin, cast(LowRank, right))
                 if thin is not None:
-                    return thin_update(left, thin, right)
+                    return _thin_update(state, thin, own)
         return precondition(gradient, state)
+
+    def precondition_thin(self, weight: Tensor, gradient: Thin, group: dict[str, Any]) -> Update:
+        """Return the same of a gradient that was left out, multiplied out if thin products ceased to pay."""
+        state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
+        own = isinstance(rows, FactorRows) and rows.alone == {"A", "B"}
+        if own and self._left[id(weight)].is_captured(rows):
+            return _thin_update(state, gradient, True)
+        if self._thin_pays(weight, gradient.rows):
+            return _thin_update(state, gradient, False)
+        return precondition(gradient.product, state)
+
+    def leaves_out(self, weight: Tensor, rows: int) -> bool:
+        """Whether the update is made of thin products; not before there is a preconditioner."""
+        known = self._thin and self.communicator.size == 1 and "refreshed_at" in self.state.get(weight, {})
+        return known and self._thin_pays(weight, rows)
+
+    def _thin_pays(self, weight: Tensor, rows: int) -> bool:
+        state, (d_out, d_in) = self.state[weight], weight.flatten(1).shape
+        return thin_pays(side_of(state, "B"), side_of(state, "A"), (d_out, d_in), rows)
 
     def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return (B + ρ_B)⁻¹ g."""
@@ -239,3 +257,11 @@ class KFAC(Kronecker):
             return undo_bias(vector, state) if inverse else precondition_bias(vector, state)
         flat = vector.flatten(1)
         return (undo(flat, state) if inverse else precondition(flat, state)).view_as(vector)
+
+
+def _thin_update(solver: Mapping[str, Tensor], thin: Thin, own: bool) -> Thin:
+    """Return the update of a thin gradient; ``own`` where the solver is made of its rows and no others."""
+    left, right = side_of(solver, "B"), side_of(solver, "A")
+    if own:
+        return own_update(cast(LowRank, left), thin, cast(LowRank, right))
+    return thin_update(left, thin, right)

@@ -221,12 +221,15 @@ class Shampoo(Blockwise):
             self._read_model()
 
     @contextmanager
-    def curvature(self, targets: Tensor | None = None, *, loss_scale: float = 1.0) -> Generator[None]:
+    def curvature(
+        self, targets: Tensor | None = None, *, loss_scale: float = 1.0, gradients: bool = True
+    ) -> Generator[None]:
         """Capture thin gradients from the passes inside, where they pay; nothing depends on it but cost.
 
         Args:
             targets: Not needed: Shampoo knows no loss.
             loss_scale: Not needed: a factor on the gradient is found by comparison.
+            gradients: Not needed: the statistics are made of them all.
         """
         layers = self._watched()
         if not layers:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mupx.advice.costs import COSTS, Cost, Setting, Shape, adamw, kfac, shampoo
 from mupx.advice.network import network_of, outline
+from mupx.advice.rates import gemm
 from mupx.models.mlp import build
 from mupx.models.myrtle5 import build as convolutional
 from mupx.optim import OPTIMIZERS
@@ -129,6 +130,20 @@ def test_low_rank_factors_are_taken_where_they_pay_and_nowhere_else():
     assert kfac(crowded, replace(auto, **alone)).state == kfac(crowded, replace(dense, **alone)).state
     narrow = replace(WIDE, d_out=256, d_in=256)
     assert kfac(narrow, auto).state == kfac(narrow, dense).state
+
+
+def test_what_the_backward_pass_leaves_out_is_taken_off_where_it_does_so():
+    auto = Setting(damping_rule="trace")
+    product = fixed_rates(call=0.0).seconds((gemm(2048, 2048, 64),))
+    left, made = (kfac(WIDE, replace(auto, clipped=clipped)) for clipped in (False, True))
+    assert seconds(made.step) - seconds(left.step) == pytest.approx(product)
+    narrow, crowded = replace(WIDE, d_out=256), replace(WIDE, n=4096)
+    for cost, shape, setting in (
+        *((kfac, shape, auto) for shape in (replace(WIDE, kind="conv2d"), narrow, crowded)),
+        (kfac, WIDE, replace(auto, fisher="mc")),
+        (COSTS["foof"].cost, WIDE, auto),
+    ):
+        assert not any(op.times < 0 for op in cost(shape, setting).step)
 
 
 def test_the_curvature_of_a_batch_alone_is_solved_for_in_its_size():
