@@ -117,6 +117,7 @@ BASES = {
     "mupx.optim",
     "mupx.optim.base",
     "mupx.optim.blockwise",
+    "mupx.optim.by_rows",
     "mupx.optim.divided",
     "mupx.optim.captured",
     "mupx.optim.kronecker",

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mupx.errors import UsageError
 from mupx.left_out import LeftOut
+from mupx.optim.base import Base
 from mupx.optim.kfac import KFAC
+from mupx.optim.shampoo import LeftShampoo, Shampoo
 
 WIDTH, BATCH, STEPS = 24, 4, 6
 Net = nn.Sequential
@@ -21,7 +23,7 @@ Net = nn.Sequential
 
 @pytest.fixture(autouse=True)
 def wide_means_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kronecker"):
+    for module in ("mupx.lowrank", "mupx.preconditioning", "mupx.optim.kronecker", "mupx.optim.shampoo"):
         monkeypatch.setattr(f"{module}.SMALLEST", 8)
 
 
@@ -108,6 +110,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"weight_decay": 0.1},
     "l2": {"weight_decay": 0.1, "weight_decay_mode": "l2"},
     "graft": {"graft": "sgd"},
+    "shampoo": {"refresh": 3, "staleness": 1.0},
+    "shampoo every step": {"refresh": 1, "damping_rule": "absolute", "accumulate": "sum"},
+    "shampoo left": {"refresh": 2, "weight_decay": 0.1, "weight_decay_mode": "l2"},
+    "shampoo statistics": {"refresh": 4, "statistics": 2, "solver": "auto", "momentum": 0.9},
+    "shampoo blocks": {"refresh": 2, "blocks": 8},
 }
 
 
@@ -117,10 +124,13 @@ def batch(step: int, count: int = BATCH) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (count,), generator=generator)
 
 
-def built(model: str, options: str) -> tuple[nn.Module, KFAC]:
+def built(model: str, options: str) -> tuple[nn.Module, Base]:
     torch.manual_seed(0)
     net = MODELS[model]().double()
     more = {"solver": "low-rank", **OPTIONS[options]}
+    if options.startswith("shampoo"):
+        kind = LeftShampoo if options == "shampoo left" else Shampoo
+        return net, kind(net.named_parameters(), 0.05, damping=0.05, model=net, **more)
     generator = torch.Generator().manual_seed(1)
     return net, KFAC(net.named_parameters(), net, 0.05, damping=0.05, generator=generator, **more)
 
@@ -172,6 +182,11 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         name: ({"options": name}, BOTH)
         for name in ("average", "every step", "batch only", "sketch", "momentum", "decay", "l2", "graft")
     },
+    **{name: ({"options": name}, BOTH) for name in ("shampoo", "shampoo every step", "shampoo left")},
+    "shampoo statistics": ({"options": "shampoo statistics"}, BOTH),
+    "shampoo blocks": ({"options": "shampoo blocks"}, set()),
+    "shampoo, another use": ({"options": "shampoo", "model": "Tied"}, FIRST),
+    "shampoo, micro-batches": ({"options": "shampoo", "sizes": (3, 1)}, BOTH),
     "dense": ({"options": "dense"}, set()),
     "sampled": ({"options": "sampled"}, set()),
     "without biases": ({"model": "without biases"}, {"2.weight"}),
@@ -211,7 +226,7 @@ def test_another_use_is_seen_only_because_it_is_differentiated(monkeypatch: pyte
     assert distance(expected, found) > 1e-4
 
 
-def after_a_step(options: str = "average") -> tuple[nn.Module, KFAC]:
+def after_a_step(options: str = "average") -> tuple[nn.Module, Base]:
     net, optimizer = built("plain", options)
     passed(net, optimizer, batch(0))
     optimizer.step()
@@ -219,7 +234,7 @@ def after_a_step(options: str = "average") -> tuple[nn.Module, KFAC]:
     return net, optimizer
 
 
-def passed(net: nn.Module, optimizer: KFAC, data: tuple[Tensor, Tensor]) -> None:
+def passed(net: nn.Module, optimizer: Base, data: tuple[Tensor, Tensor]) -> None:
     with optimizer.curvature(data[1], gradients=False):
         F.cross_entropy(net(data[0]), data[1]).backward()
 

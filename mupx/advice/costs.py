@@ -308,15 +308,12 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     captures_always = kept and min(d_out, d_in) >= SMALLEST
     rows = n if kept and captures_always else 0
     applied = _applied(shape, pair, rows, exact=whole)
-    # Memory is needed for it all the same: the first step, which has no solver yet, has all gradients.
-    leaves_out = sides == "AB" and shape.kind == "linear" and not setting.clipped
-    left_out = leaves_out and _is_thin(shape, pair, rows)
     return Cost(
         step=(
             *plain.step,
             *applied,
             *(capture if captures_always else ()),
-            *((gemm(d_out, d_in, n, -1.0),) if left_out else ()),
+            *_left_out(shape, pair, rows, setting),
         ),
         refresh=(*(() if captures_always else capture), *(op for side in pair for op in side.refresh)),
         state=plain.state + size * (sum(side.state for side in pair) + whole * shape.numel),
@@ -351,7 +348,12 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     largest = max(pair, key=lambda side: side.workspace)
     workspace = _together(largest.workspace / largest.d**2, largest.d, count, size)
     return Cost(
-        step=(*plain.step, *(_capture(shape, size) if watched else ()), *_batched(work, count)),
+        step=(
+            *plain.step,
+            *(_capture(shape, size) if watched else ()),
+            *_batched(work, count),
+            *(_left_out(shape, pair, n, setting) if thin and count == 1 else ()),
+        ),
         refresh=_batched(refresh, count),
         state=plain.state + size * count * sum(side.state for side in pair),
         workspace=plain.workspace + size * (workspace + 2 * shape.numel),
@@ -473,6 +475,15 @@ def _is_thin(shape: Shape, pair: list[Side], n: int) -> bool:
     # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
     pays = thin_pays(cast(Any, column), cast(Any, row), (shape.d_out, shape.d_in), n)
     return pays or (column.alone and row.alone)
+
+
+def _left_out(shape: Shape, pair: list[Side], n: int, setting: Setting) -> Work:
+    """Return the product, negative, that the backward pass leaves out where solvers are applied to n rows.
+
+    Memory is needed for it all the same: the first step, which has no solver yet, has all gradients.
+    """
+    left_out = shape.kind == "linear" and not setting.clipped and _is_thin(shape, pair, n)
+    return (gemm(shape.d_out, shape.d_in, n, -1.0),) if left_out else ()
 
 
 def _repeated(work: Work, times: float) -> Work:

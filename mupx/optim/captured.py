@@ -20,7 +20,7 @@ from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
 from mupx.factor_sums import FactorSums
 from mupx.layer_rows import Layer, factorable_layers
-from mupx.left_out import LeftOut, can_leave_out, leaving_out
+from mupx.left_out import leaving_out
 from mupx.linalg import Scalar
 from mupx.losses import LOSSES, Loss
 from mupx.lowrank import Thin
@@ -35,14 +35,15 @@ from mupx.optim.base import (
     require_refresh,
     sort_groups,
 )
-from mupx.optim.divided import Divided, Moving, cubes_of, interval_of
+from mupx.optim.by_rows import ByRows
+from mupx.optim.divided import cubes_of, interval_of
 from mupx.pooling import pool
 from mupx.refresh import needs_refresh, needs_statistics
 
 FISHERS = ("empirical", "mc", "exact")
 
 
-class Captured(Divided):
+class Captured(ByRows):
     """An optimizer for Linear and ungrouped Conv2d layers; everything else goes to AdamW.
 
     Args:
@@ -103,7 +104,6 @@ class Captured(Divided):
         self._bias_owner = {id(m.bias): m for m in self._layers.values() if m.bias is not None}
         self._sums: dict[str, FactorSums] = {}
         self._rows: dict[str, FactorSums] = {}
-        self._left: dict[int, LeftOut] = {}  # by weight
         self._capture: EagerCapture | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class Captured(Divided):
         for weight in watched:
             self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
         empirical = self.fisher == "empirical"
-        left = {} if gradients else {self._name(w): each for w in watched if (each := self._leave_out(w))}
+        left = {} if gradients else self.left_out(layers)
         capture = EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical, left)
         try:
             with leaving_out(left.values()), capture as self._capture:
@@ -208,36 +208,10 @@ class Captured(Divided):
         if self._capture is not None and self.fisher in ("mc", "exact"):
             self._capture.add_fisher(outputs, self.fisher == "exact", self.generator, labels)
 
-    def _leave_out(self, weight: Tensor) -> LeftOut | None:
-        layer = self._layers[id(weight)]
-        if id(weight) not in self._left and isinstance(layer, nn.Linear) and can_leave_out(layer):
-            left = LeftOut(self._name(weight), layer, lambda rows: self.leaves_out(weight, rows))
-            self._left[id(weight)] = left
-        return self._left.get(id(weight))
-
-    def leaves_out(self, weight: Tensor, rows: int) -> bool:
-        """Whether the coming step is cheaper without the gradient of a weight than with it.
-
-        Args:
-            weight: Of a Linear layer.
-            rows: How many rows the layer's inputs and outputs have.
-        """
-        return False
-
     def forget(self) -> None:
         """Drop what the passes captured for a step that will not be done."""
-        self._sums, self._left = {}, {}
-
-    def before_gradients(self) -> None:
-        """Multiply out what was left out of a gradient that came in part."""
-        for left in self._left.values():
-            if left.weight.grad is not None:
-                left.multiply_out()
-
-    def gradient_of(self, parameter: Tensor) -> Gradient | None:
-        """Return a gradient, thin where it was left out of the backward pass."""
-        left = self._left.get(id(parameter))
-        return parameter.grad if left is None or left.thin is None else left.thin
+        super().forget()
+        self._sums = {}
 
     def before_step(self) -> None:
         """Turn what was captured, by all ranks, into state, where its step has come."""
@@ -256,11 +230,6 @@ class Captured(Divided):
             # What the others make their update with is the solver: rows must not make this one's.
             updates = {self._name(weight) for weight in due if self.sends_updates(weight)}
             self._rows = {name: rows for name, rows in self._rows.items() if name in updates}
-
-    def update_all(self, moving: Moving) -> None:
-        """Move the parameters that have a gradient, which may have been left out of the backward pass."""
-        super().update_all(moving)
-        self._left = {}  # not waiting for zero_grad: the model's knows nothing of them
 
     def _renews(self, weight: Tensor) -> bool:
         state = self.state.get(weight, {})

@@ -11,8 +11,9 @@ each with its own factors. What is not a matrix (biases, gains) goes to AdamW.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from mupx.curvature import EagerCapture
 from mupx.errors import UsageError
 from mupx.factor_sums import FactorRows
 from mupx.layer_rows import Layer, factorable_layers
+from mupx.left_out import leaving_out
 from mupx.linalg import Scalar, eigh, gram, inverse_root
 from mupx.lowrank import (
     EIGH,
@@ -42,12 +44,14 @@ from mupx.lowrank import (
 from mupx.lowrank import inverse_root as low_rank_root
 from mupx.optim.base import (
     DEFAULTS,
+    Gradient,
     Groups,
     Refresh,
     Scale,
     Update,
     average_weight,
     finite_or,
+    multiplied,
     require_choice,
     require_damping_rule,
     require_refresh,
@@ -56,6 +60,7 @@ from mupx.optim.base import (
     split_ridge,
 )
 from mupx.optim.blockwise import Blockwise
+from mupx.optim.by_rows import ByRows
 from mupx.optim.divided import interval_of
 from mupx.preconditioning import (
     Identity,
@@ -69,7 +74,7 @@ from mupx.preconditioning import (
     undo_side,
 )
 from mupx.refresh import averaged_at, averages, needs_refresh, needs_statistics, require_statistics
-from mupx.tiles import in_parts
+from mupx.tiles import Tiles, in_parts
 
 EXPONENT = 0.25
 
@@ -102,7 +107,7 @@ def roots(L: Tensor, R: Tensor, damping_L: Scalar, damping_R: Scalar, rule: str)
     return root_L, root_R
 
 
-class Shampoo(Blockwise):
+class Shampoo(ByRows, Blockwise):
     """Shampoo with exponent ¼ on each side; the variants below it differ in exponent or sides alone.
 
     Width rule (arXiv:2312.12226; 2512.05620): lr × (r_out/r_in)^½ · n_blocks^-½; an absolute ridge ×
@@ -229,7 +234,7 @@ class Shampoo(Blockwise):
         Args:
             targets: Not needed: Shampoo knows no loss.
             loss_scale: Not needed: a factor on the gradient is found by comparison.
-            gradients: Not needed: the statistics are made of them all.
+            gradients: Have every weight's ``grad``; see :meth:`mupx.optim.captured.Captured.curvature`.
         """
         layers = self._watched()
         if not layers:
@@ -239,10 +244,11 @@ class Shampoo(Blockwise):
             limit = max(layer.weight.flatten(1).shape)
             self._captured.setdefault(name, FactorRows(limit=limit, summed=False))
         try:
-            with EagerCapture(layers, self._captured):
+            left = {} if gradients else self.left_out(layers)
+            with leaving_out(left.values()), EagerCapture(layers, self._captured, left=left):
                 yield
         except BaseException:
-            self._captured = {}  # what a broken pass left must not be taken for a gradient
+            self.forget()  # what a broken pass left must not be taken for a gradient
             raise
 
     def _watched(self) -> dict[str, Layer]:
@@ -259,7 +265,19 @@ class Shampoo(Blockwise):
 
     def forget(self) -> None:
         """Drop what the passes captured for a step that will not be done."""
+        super().forget()
         self._captured = {}
+
+    def leaves_out(self, weight: Tensor, rows: int) -> bool:
+        """Whether the update is made of thin products; not before there are roots."""
+        state = self.state.get(weight, {})
+        if "refreshed_at" not in state or not self._is_one_block(weight):
+            return False
+        d_out, d_in = weight.shape
+        return thin_pays(_root_in(state, "L0"), _root_in(state, "R0"), (d_out, d_in), rows)
+
+    def _is_one_block(self, parameter: Tensor) -> bool:
+        return not self.blocks or max(parameter.flatten(1).shape) <= self.blocks
 
     def before_step(self) -> None:
         """Update statistics and roots where their step has come."""
@@ -270,7 +288,7 @@ class Shampoo(Blockwise):
             for group in self.param_groups
             if group["algorithm"] == self.algorithm
             for parameter in group["params"]
-            if parameter.grad is not None and parameter.numel() and self._renews(parameter)
+            if self.gradient_of(parameter) is not None and parameter.numel() and self._renews(parameter)
         }
         self.refresh_all(list(due), lambda parameter: self._renew(parameter, due[parameter]))
 
@@ -280,36 +298,42 @@ class Shampoo(Blockwise):
         return new or needs_refresh(state, self.refresh, self.staleness)
 
     def _renew(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, matrix = self.state[parameter], self._gradient(parameter, group).flatten(1)
+        state, gradient = self.state[parameter], self._decayed(parameter, group)[1]
         step = state.get("step", 0)
         gap = step - averaged_at(state)
         new = needs_statistics(state, self.refresh, self.staleness, self.statistics)
         if new:
             state["averaged_at"] = step
         stale = needs_refresh(state, self.refresh, self.staleness)
-        thin = self._thin_gradient(parameter, matrix)
+        thin = self._thin_gradient(parameter, gradient)
+
+        @cache
+        def matrix() -> Tensor:  # where only factors of columns are renewed nobody asks for it
+            return self._gradient(parameter, group).flatten(1)
+
         for index, tile in enumerate(self.tiles(parameter)):
-            self._refresh(state, index, tile.cut(matrix), thin, group, gap if new else None, stale)
+            cut = partial(_cut, tile, matrix)
+            self._refresh(state, index, cut, thin, group, gap if new else None, stale)
         if new:
             state["averages"] = averages(state) + 1
         if stale:
             state["refreshed_at"] = step
 
-    def direction(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Update:
+    def direction(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> Update:
         """Return the momentum of L^-¼ G R^-¼, for all blocks of one shape at once."""
-        state, matrix = self.state[parameter], gradient.flatten(1)
-        thin = self._thin_gradient(parameter, matrix)
+        state, thin = self.state[parameter], self._thin_gradient(parameter, gradient)
         self._rows.pop(self._names.get(id(parameter), ""), None)
         self._thin.pop(id(parameter), None)
-        tiles, (d_out, d_in) = self.tiles(parameter), matrix.shape
+        tiles, (d_out, d_in) = self.tiles(parameter), parameter.flatten(1).shape
         roots = [(_root_in(state, f"L{index}"), _root_in(state, f"R{index}")) for index in range(len(tiles))]
         if thin is not None and thin_pays(*roots[0], (d_out, d_in), thin.rows):
             update: Update = thin_update(roots[0][0], thin, roots[0][1])
         else:
+            matrix = multiplied(gradient, parameter).flatten(1)
             flat = matrix.new_empty(matrix.shape)
             for tile, (left, right) in zip(tiles, roots, strict=True):
                 tile.paste(times(left @ tile.cut(matrix), right), flat)
-            update = flat.view_as(gradient)
+            update = flat.view_as(parameter)
         state["step"] = state.get("step", 0) + 1
         return self.momentum(parameter, update, group)
 
@@ -332,13 +356,14 @@ class Shampoo(Blockwise):
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
 
-    def _thin_gradient(self, parameter: Tensor, matrix: Tensor) -> Thin | None:
+    def _thin_gradient(self, parameter: Tensor, gradient: Gradient) -> Thin | None:
+        if isinstance(gradient, Thin):
+            return gradient
         rows = self._rows.get(self._names.get(id(parameter), ""))
-        one_block = not self.blocks or max(matrix.shape) <= self.blocks
-        if rows is None or not one_block:
+        if rows is None or not self._is_one_block(parameter):
             return None
         if id(parameter) not in self._thin:
-            self._thin[id(parameter)] = rows.gradient(matrix)
+            self._thin[id(parameter)] = rows.gradient(gradient.flatten(1))
         return self._thin[id(parameter)]
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
@@ -388,7 +413,7 @@ class Shampoo(Blockwise):
         self,
         state: dict[str, Any],
         index: int,
-        block: Tensor,
+        block: Callable[[], Tensor],
         thin: Thin | None,
         group: dict[str, Any],
         gap: int | None,
@@ -406,7 +431,7 @@ class Shampoo(Blockwise):
             if new is not None and gap is not None and free and self._keeps_columns(new, old):
                 self._refresh_columns(state, name, old, new, group[key], gap)
             else:
-                matrix = block if side == "L" else block.mT
+                matrix = block() if side == "L" else block().mT
                 self._refresh_dense(state, name, old, matrix, group[key], gap, stale)
 
     def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
@@ -490,6 +515,10 @@ class RightShampoo(Shampoo):
 
     algorithm = "shampoo-right"
     exponent, sides = 0.5, "R"
+
+
+def _cut(tile: Tiles, matrix: Callable[[], Tensor]) -> Tensor:
+    return tile.cut(matrix())
 
 
 def _root_in(state: dict[str, Any], name: str) -> Operator:

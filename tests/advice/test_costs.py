@@ -135,13 +135,15 @@ def test_low_rank_factors_are_taken_where_they_pay_and_nowhere_else():
 def test_what_the_backward_pass_leaves_out_is_taken_off_where_it_does_so():
     auto = Setting(damping_rule="trace")
     product = fixed_rates(call=0.0).seconds((gemm(2048, 2048, 64),))
-    left, made = (kfac(WIDE, replace(auto, clipped=clipped)) for clipped in (False, True))
-    assert seconds(made.step) - seconds(left.step) == pytest.approx(product)
+    for cost, setting in ((kfac, auto), (shampoo, Setting(damping_rule="relative"))):
+        left, made = (cost(WIDE, replace(setting, clipped=clipped)) for clipped in (False, True))
+        assert seconds(made.step) - seconds(left.step) == pytest.approx(product)
     narrow, crowded = replace(WIDE, d_out=256), replace(WIDE, n=4096)
     for cost, shape, setting in (
         *((kfac, shape, auto) for shape in (replace(WIDE, kind="conv2d"), narrow, crowded)),
         (kfac, WIDE, replace(auto, fisher="mc")),
         (COSTS["foof"].cost, WIDE, auto),
+        (shampoo, WIDE, Setting(damping_rule="relative", blocks=1024)),
     ):
         assert not any(op.times < 0 for op in cost(shape, setting).step)
 

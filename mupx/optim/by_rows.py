@@ -1,0 +1,60 @@
+"""What the optimizers share that can do a step without some weights' gradients, from the rows of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from mupx.layer_rows import Layer
+from mupx.left_out import LeftOut, can_leave_out
+from mupx.optim.base import Gradient
+from mupx.optim.divided import Divided, Moving
+
+
+class ByRows(Divided):
+    """An optimizer that makes thin updates where they pay, see :mod:`mupx.left_out`.
+
+    What a backward pass leaves out is forgotten with the step, or by :meth:`forget`.
+    """
+
+    _left: dict[int, LeftOut] = {}  # noqa: RUF012 - by weight; replaced, and changed only once it is an instance's
+
+    def left_out(self, layers: Mapping[str, Layer]) -> dict[str, LeftOut]:
+        """Return what the coming passes may leave out, by name, of the weights of these layers."""
+        for name, layer in layers.items():
+            if id(layer.weight) not in self._left and isinstance(layer, nn.Linear) and can_leave_out(layer):
+                self._left = {**self._left, id(layer.weight): self._leave_out(name, layer)}
+        return {name: self._left[id(m.weight)] for name, m in layers.items() if id(m.weight) in self._left}
+
+    def _leave_out(self, name: str, layer: nn.Linear) -> LeftOut:
+        return LeftOut(name, layer, lambda rows: self.leaves_out(layer.weight, rows))
+
+    def leaves_out(self, weight: Tensor, rows: int) -> bool:
+        """Whether the coming step is cheaper without the gradient of a weight than with it.
+
+        Args:
+            weight: Of a Linear layer.
+            rows: How many rows the layer's inputs and outputs have.
+        """
+        return False
+
+    def forget(self) -> None:
+        """Drop what the passes captured for a step that will not be done."""
+        self._left = {}
+
+    def before_gradients(self) -> None:
+        """Multiply out what was left out of a gradient that came in part."""
+        for left in self._left.values():
+            if left.weight.grad is not None:
+                left.multiply_out()
+
+    def gradient_of(self, parameter: Tensor) -> Gradient | None:
+        """Return a gradient, thin where it was left out of the backward pass."""
+        left = self._left.get(id(parameter))
+        return parameter.grad if left is None or left.thin is None else left.thin
+
+    def update_all(self, moving: Moving) -> None:
+        """Move the parameters that have a gradient, left out of the backward pass or not."""
+        super().update_all(moving)
+        self._left = {}  # not waiting for zero_grad: the model's knows nothing of them
