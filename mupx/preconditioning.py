@@ -220,7 +220,7 @@ def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Thin:
     return Thin(W.mT @ D, H, factor) if D.shape[1] < H.shape[1] else Thin(D, W @ H, factor)
 
 
-def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -> bool:
+def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int, made: bool = True) -> bool:
     """Whether :func:`thin_update` costs less than multiplying the whole gradient from both sides.
 
     Args:
@@ -228,12 +228,14 @@ def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int) -
         right: Acts on ``d_in`` entries.
         shape: (d_out, d_in).
         n: Rows of D and H.
+        made: Whether the gradient is there in any case. Where it is left out it is one more product, as many
+            operations as it takes to multiply a thin update out.
     """
     d_out, d_in = shape
     if min(d_out, d_in) < SMALLEST:
         return False
     column, row = _flops(left), _flops(right)
-    return n * (column + row) + 2 * n * d_out * d_in < d_in * column + d_out * row
+    return n * (column + row) + 2 * n * d_out * d_in * made < d_in * column + d_out * row
 
 
 def _flops(operator: Operator) -> int:

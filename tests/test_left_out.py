@@ -199,6 +199,9 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "micro-batches": ({"sizes": (3, 1)}, BOTH),
     "micro-batches of a batch alone": ({"sizes": (3, 1), "options": "batch only"}, BOTH),
     "more rows than units": ({"sizes": (4,) * 7}, set()),
+    # As many as do not pay where the gradient is made in any case.
+    "nearly as many rows as units": ({"sizes": (20,)}, {"2.weight"}),
+    "shampoo, nearly as many": ({"sizes": (20,), "options": "shampoo"}, {"2.weight"}),
     "ignored targets": ({"sizes": (6,), "ignored": True, "options": "batch only"}, BOTH),
     "two backward passes": ({"again": True, "options": "batch only"}, BOTH),
     "data overwritten": ({"sizes": (3, 1), "reused": True}, BOTH),

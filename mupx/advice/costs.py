@@ -307,7 +307,7 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     capture = _capture(shape, size, summed)
     captures_always = kept and min(d_out, d_in) >= SMALLEST
     rows = n if kept and captures_always else 0
-    applied = _applied(shape, pair, rows, exact=whole)
+    applied = _applied(shape, pair, rows, setting, exact=whole)
     return Cost(
         step=(
             *plain.step,
@@ -341,7 +341,7 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     moments = (factorised("eigh", n, 2), gemm(n, n, one.d_in, 2), gemm(n, n, one.d_out, 2)) if thin else ()
     size = setting.itemsize
     work = (
-        *_applied(one, pair, n if thin else 0),
+        *_applied(one, pair, n if thin else 0, setting),
         *elementwise(2.0 * one.numel * size, one.numel * size, 10),
     )
     refresh = (*moments, *(op for side in pair for op in side.refresh))
@@ -445,13 +445,14 @@ def _kept_columns(side: str, d: int, n: int, setting: Setting) -> int | None:
     return count if setting.solver == "low-rank" or pays(d, n, count, decomposition) else None
 
 
-def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Work:
+def _applied(shape: Shape, pair: list[Side], n: int, setting: Setting, exact: bool = False) -> Work:
     """Return the work of the solvers on a gradient, which is a product of n rows if there are any.
 
     Args:
         shape: Of the gradient.
         pair: The output side and the input side, or one of them alone.
         n: Rows.
+        setting: Decides whether the gradient is made in any case.
         exact: Whether both sides are eigenbases, applied from both sides of the spectrum.
     """
     d_out, d_in = shape.d_out, shape.d_in
@@ -462,18 +463,19 @@ def _applied(shape: Shape, pair: list[Side], n: int, exact: bool = False) -> Wor
     column, row = pair
     if n and column.alone and row.alone:
         return (gemm(n, n, n), gemm(n, min(d_out, d_in), n), gemm(d_out, d_in, n))
-    if _is_thin(shape, pair, n):
+    if _is_thin(shape, pair, n, setting):
         return (*column.applied(n), *row.applied(n), gemm(d_out, d_in, n))
     return (*column.applied(d_in), *row.applied(d_out))
 
 
-def _is_thin(shape: Shape, pair: list[Side], n: int) -> bool:
+def _is_thin(shape: Shape, pair: list[Side], n: int, setting: Setting) -> bool:
     """Whether solvers of both sides are applied to rows, of which there are n, and not to their product."""
     if not n or len(pair) == 1:
         return False
     column, row = pair
     # They look at `flops` alone: a stand-in for each operator makes the choice that the optimizer makes.
-    pays = thin_pays(cast(Any, column), cast(Any, row), (shape.d_out, shape.d_in), n)
+    left, right, made = cast(Any, column), cast(Any, row), _is_made(shape, setting)
+    pays = thin_pays(left, right, (shape.d_out, shape.d_in), n, made)
     return pays or (column.alone and row.alone)
 
 
@@ -482,8 +484,13 @@ def _left_out(shape: Shape, pair: list[Side], n: int, setting: Setting) -> Work:
 
     Memory is needed for it all the same: the first step, which has no solver yet, has all gradients.
     """
-    left_out = shape.kind == "linear" and not setting.clipped and _is_thin(shape, pair, n)
+    left_out = not _is_made(shape, setting) and _is_thin(shape, pair, n, setting)
     return (gemm(shape.d_out, shape.d_in, n, -1.0),) if left_out else ()
+
+
+def _is_made(shape: Shape, setting: Setting) -> bool:
+    """Whether a gradient is multiplied out in any case."""
+    return shape.kind != "linear" or setting.clipped
 
 
 def _repeated(work: Work, times: float) -> Work:

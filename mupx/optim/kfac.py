@@ -178,7 +178,7 @@ class KFAC(Kronecker):
         state, rows = self.state[weight], self._rows.pop(self._name(weight), None)
         if self._thin and isinstance(rows, FactorRows):
             own = rows.alone == {"A", "B"}
-            if own or self._thin_pays(weight, sum(map(len, rows.h))):
+            if own or self._thin_pays(weight, sum(map(len, rows.h)), made=True):
                 thin = rows.gradient(gradient)
                 if thin is not None:
                     return _thin_update(state, thin, own)
@@ -190,18 +190,18 @@ class KFAC(Kronecker):
         own = isinstance(rows, FactorRows) and rows.alone == {"A", "B"}
         if own and self._left[id(weight)].is_captured(rows):
             return _thin_update(state, gradient, True)
-        if self._thin_pays(weight, gradient.rows):
+        if self._thin_pays(weight, gradient.rows, made=False):
             return _thin_update(state, gradient, False)
         return precondition(gradient.product, state)
 
     def leaves_out(self, weight: Tensor, rows: int) -> bool:
         """Whether the update is made of thin products; not before there is a preconditioner."""
         known = self._thin and self.communicator.size == 1 and "refreshed_at" in self.state.get(weight, {})
-        return known and self._thin_pays(weight, rows)
+        return known and self._thin_pays(weight, rows, made=False)
 
-    def _thin_pays(self, weight: Tensor, rows: int) -> bool:
+    def _thin_pays(self, weight: Tensor, rows: int, made: bool) -> bool:
         state, (d_out, d_in) = self.state[weight], weight.flatten(1).shape
-        return thin_pays(side_of(state, "B"), side_of(state, "A"), (d_out, d_in), rows)
+        return thin_pays(side_of(state, "B"), side_of(state, "A"), (d_out, d_in), rows, made)
 
     def precondition_bias(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Return (B + ρ_B)⁻¹ g."""

@@ -274,7 +274,7 @@ class Shampoo(ByRows, Blockwise):
         if "refreshed_at" not in state or not self._is_one_block(weight):
             return False
         d_out, d_in = weight.shape
-        return thin_pays(_root_in(state, "L0"), _root_in(state, "R0"), (d_out, d_in), rows)
+        return thin_pays(_root_in(state, "L0"), _root_in(state, "R0"), (d_out, d_in), rows, made=False)
 
     def _is_one_block(self, parameter: Tensor) -> bool:
         return not self.blocks or max(parameter.flatten(1).shape) <= self.blocks
@@ -326,7 +326,8 @@ class Shampoo(ByRows, Blockwise):
         self._thin.pop(id(parameter), None)
         tiles, (d_out, d_in) = self.tiles(parameter), parameter.flatten(1).shape
         roots = [(_root_in(state, f"L{index}"), _root_in(state, f"R{index}")) for index in range(len(tiles))]
-        if thin is not None and thin_pays(*roots[0], (d_out, d_in), thin.rows):
+        made = not isinstance(gradient, Thin)
+        if thin is not None and thin_pays(*roots[0], (d_out, d_in), thin.rows, made):
             update: Update = thin_update(roots[0][0], thin, roots[0][1])
         else:
             matrix = multiplied(gradient, parameter).flatten(1)
