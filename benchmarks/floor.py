@@ -7,8 +7,8 @@
 MLP 784-w-w-10 on Fashion-MNIST (Debian's dataset-fashion-mnist, or MUPX_DATA_DIR; the smoke test enlarges
 the embedded images), float32, one thread, CPU seconds. White noise would be the wrong data: an average of it
 has no low rank and is kept dense. The *floor* adds up what cannot be left out, every operation timed alone
-at its own shape: the products of the forward and backward pass, the preconditioned gradient multiplied out
-once, reading and writing weights, and per side of every layer the cheapest of
+at its own shape: the products of the forward and backward pass, in which K-FAC's preconditioned gradient
+takes the place of the plain one, reading and writing weights, and per side of every layer the cheapest of
 
 * dense: half a product for the factor, Cholesky, two triangular solves per row of the batch;
 * the batch alone (``ema`` 0), Woodbury: a Gram matrix of the batch, its Cholesky, one product;
@@ -20,8 +20,7 @@ floor* is the median, over the turns, of a step's time over the floor of the sam
 turn an operation counts by the fastest of three calls, a step by one round of ``refresh`` steps.
 
 Elementwise work, the loss and Python count as free, so the floor lies below what any program takes; a
-median below 1 is an error of the benchmark and ends it with exit code 1. Autograd has formed the plain
-gradient before an optimizer is asked: that product counts as unavoidable too.
+median below 1 is an error of the benchmark and ends it with exit code 1.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def floor_of(turn: Turn, width: int, batch: int, average: bool, refresh: int) ->
         sgd += turn(product(batch, d_in, d_out)) if index else 0.0
         sgd += turn(copied(d_out * d_in))
         sides = sum(side(turn, d, batch, average, refresh) for d in (d_out, d_in))
-        more += turn(product(d_out, d_in, batch)) + sides
+        more += sides
     return sgd, sgd + more
 
 
