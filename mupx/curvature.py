@@ -106,10 +106,10 @@ class EagerCapture:
                 return
             # Under autocast h and δ arrive in bf16; second moments are taken in the weight's precision.
             with torch.autocast(output.device.type, enabled=False):
-                h = args[0].detach().to(layer.weight.dtype) if call is None else call.h
+                h = args[0].detach().to(layer.weight.dtype)
                 if call is not None:
                     call.captured = self._mask is None
-                elif sums.holds and not args[0].requires_grad and isinstance(module, nn.Linear):
+                if sums.holds and not args[0].requires_grad and isinstance(module, nn.Linear):
                     h = h.clone()  # data, whose buffer may have the next batch before the step
                 terms = h.shape[0] if self._terms is None else self._terms
                 if name not in self._counted:

@@ -2,90 +2,111 @@
 
 Of the products of a Linear layer's passes one gives the gradient of its weight, G = gᵀ h. An update that is
 made of the rows g and h themselves (:func:`mupx.preconditioning.thin_update`) never looks at it. Inside
-:func:`leaving_out` a layer multiplies by its weight as by a constant, and what G is made of is kept. Whatever
-else the weight is used for is differentiated as ever and arrives in ``weight.grad``: the gradient is the sum
-of both, so nothing has to be known about the model.
+:func:`leaving_out` a layer's backward pass keeps the rows in place of their product. Whatever else the weight
+is used for is differentiated as ever and arrives in ``weight.grad``: the gradient is the sum of both, so
+nothing has to be known about the model. Passes that do not ask for the weight's gradient, such as the
+gradient with respect to an input, keep nothing, and those that are differentiated again make it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mupx.errors import UsageError
 from mupx.factor_sums import FactorRows, FactorSums, joined
 from mupx.lowrank import Thin
+
+# Whether the backward pass that is running goes on to a node of the graph; not known of older versions.
+_runs: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Call:
     """One call of a layer whose weight's gradient is left out.
 
     Attributes:
-        h: The layer's input ``[…, d_in]`` in the precision of its weight.
         captured: Whether a capture took the rows of this call as they are, none of them ignored.
     """
 
-    def __init__(self, h: Tensor) -> None:
-        self.h = h
+    def __init__(self, left: LeftOut) -> None:
+        self.left = left
         self.captured = False
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear``; its backward pass gives the rows to a :class:`Call`, and no gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.call = call
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        inputs, weight = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        back = (rows @ weight).view(inputs.shape) if ctx.needs_input_grad[0] else None
+        sums = rows.sum(0) if ctx.needs_input_grad[2] else None
+        if _runs is None or torch.is_grad_enabled():
+            return back, rows.mT @ inputs.reshape(-1, inputs.shape[-1]), sums, None
+        if _runs(ctx.next_functions[1][0]):
+            # What needs no gradient is data, whose buffer may have the next batch before the step.
+            h = inputs.detach() if inputs.requires_grad else inputs.clone()
+            ctx.call.left.add(ctx.call, h.reshape(-1, h.shape[-1]), rows)
+        return back, None, sums, None
 
 
 class LeftOut:
     """What the passes leave out of one weight's gradient.
 
     Args:
-        name: The layer's, for messages.
         layer: The layer.
         pays: Whether to leave the gradient out of a call with so many rows.
     """
 
-    def __init__(self, name: str, layer: nn.Linear, pays: Callable[[int], bool]) -> None:
+    def __init__(self, layer: nn.Linear, pays: Callable[[int], bool]) -> None:
         self.layer, self.weight = layer, layer.weight
-        self._name, self._pays = name, pays
-        self._parts: list[tuple[Call, Tensor]] = []  # each with its g [n, d_out], once that has come
+        self._pays = pays
+        self._parts: list[tuple[Call, Tensor, Tensor]] = []  # with h [n, d_in] and g [n, d_out]
         self._thin: Thin | None = None  # what they are together
         self._latest: tuple[Tensor, Call] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the layer's outputs ``[…, d_out]`` for ``[…, d_in]``."""
         weight, bias = self.layer.weight, self.layer.bias
-        if not (self._is_trained(weight, inputs, bias) and self._pays(inputs.numel() // inputs.shape[-1])):
+        if not (self._is_plain(weight, inputs) and self._pays(inputs.numel() // inputs.shape[-1])):
             return F.linear(inputs, weight, bias)
-        output = F.linear(inputs, weight.detach(), bias)
-        h = inputs.detach().to(weight.dtype)
-        if not inputs.requires_grad:
-            h = h.clone()  # data, whose buffer may have the next batch before the step
-        call, version = Call(h), h._version
-
-        def arrived(gradient: Tensor) -> None:
-            if h._version != version:
-                raise UsageError(
-                    f"the input of layer {self._name!r} was changed in place after its forward pass, and its "
-                    "weight's gradient needs it; change a copy instead"
-                )
-            self._add(call, gradient.detach().flatten(0, -2).to(weight.dtype))
-
-        output.register_hook(arrived)
+        call, device = Call(self), inputs.device.type
+        tensors: tuple[Tensor | None, ...] = (inputs, weight, bias)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+        with torch.autocast(device, enabled=False):
+            output: Tensor = _Linear.apply(*tensors, call)  # type: ignore[no-untyped-call]
         self._latest = output, call
         return output
 
-    def _is_trained(self, weight: Tensor, inputs: Tensor, bias: Tensor | None) -> bool:
-        # Somebody's hook may edit the gradient or look at it. Under torch.func the weight is another tensor.
-        watched = weight._backward_hooks or weight._post_accumulate_grad_hooks
-        differentiable = inputs.requires_grad or (bias is not None and bias.requires_grad)
-        trained = weight is self.weight and weight.requires_grad and torch.is_grad_enabled()
-        return trained and differentiable and not watched
+    def _is_plain(self, weight: Tensor, inputs: Tensor) -> bool:
+        # Somebody's hook may edit the gradient or look at it. Under torch.func a tensor is not what it seems.
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            return False
+        if torch._C._are_functorch_transforms_active() or fwAD.unpack_dual(inputs).tangent is not None:
+            return False
+        return weight is self.weight and weight.requires_grad and torch.is_grad_enabled()
 
     @torch.no_grad()
-    def _add(self, call: Call, g: Tensor) -> None:
-        self._parts.append((call, g))
+    def add(self, call: Call, h: Tensor, g: Tensor) -> None:
+        """Add the rows of a call, ``[n, d_in]`` and ``[n, d_out]``, in whatever precision."""
+        self._parts.append((call, h.to(self.weight.dtype), g.detach().to(self.weight.dtype)))
         self._thin = None
         # More rows than the weight has would take more memory than the gradient.
-        if sum(len(part) for _, part in self._parts) > max(self.weight.shape):
+        if sum(len(part) for _, _, part in self._parts) > max(self.weight.shape):
             self.multiply_out()
 
     def call_of(self, output: Tensor) -> Call | None:
@@ -101,8 +122,7 @@ class LeftOut:
         """The sum of what was left out, or None where nothing was."""
         if not self._parts or self._thin is not None:
             return self._thin
-        H = joined([call.h.flatten(0, -2) for call, _ in self._parts])
-        self._thin = Thin(joined([g for _, g in self._parts]), H)
+        self._thin = Thin(joined([g for _, _, g in self._parts]), joined([h for _, h, _ in self._parts]))
         return self._thin
 
     def multiply_out(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -22,13 +23,15 @@ class ByRows(Divided):
 
     def left_out(self, layers: Mapping[str, Layer]) -> dict[str, LeftOut]:
         """Return what the coming passes may leave out, by name, of the weights of these layers."""
+        found = {}
         for name, layer in layers.items():
-            if id(layer.weight) not in self._left and isinstance(layer, nn.Linear) and can_leave_out(layer):
-                self._left = {**self._left, id(layer.weight): self._leave_out(name, layer)}
-        return {name: self._left[id(m.weight)] for name, m in layers.items() if id(m.weight) in self._left}
-
-    def _leave_out(self, name: str, layer: nn.Linear) -> LeftOut:
-        return LeftOut(name, layer, lambda rows: self.leaves_out(layer.weight, rows))
+            if not isinstance(layer, nn.Linear) or not can_leave_out(layer):
+                continue
+            left = self._left.get(id(layer.weight)) or LeftOut(layer, partial(self.leaves_out, layer.weight))
+            if left.layer is layer:  # and no other one that shares the weight
+                found[name] = left
+                self._left = {**self._left, id(layer.weight): left}
+        return found
 
     def leaves_out(self, weight: Tensor, rows: int) -> bool:
         """Whether the coming step is cheaper without the gradient of a weight than with it.
