@@ -96,10 +96,15 @@ def gram(columns: Tensor) -> Tensor:
     return result
 
 
-def _worth_strips(columns: Tensor) -> bool:
+def has_parts(matrix: Tensor) -> bool:
+    """Whether a product with it is quicker, and can be written, part by part: a single one on a CPU."""
     # Not of what torch watches (autograd, DTensor): it cannot follow a product into a part of a matrix.
-    plain = type(columns) is Tensor and columns.dim() == 2 and not columns.requires_grad
-    if not plain or columns.device.type != "cpu":
+    plain = type(matrix) is Tensor and matrix.dim() == 2 and not matrix.requires_grad
+    return plain and matrix.device.type == "cpu"
+
+
+def _worth_strips(columns: Tensor) -> bool:
+    if not has_parts(columns):
         return False
     d, r = columns.shape
     # A strip is divided among threads worse than the whole: two need eight times the work to gain by it.

@@ -24,6 +24,7 @@ from mupx.blocks import BOTH, cuts
 from mupx.lowrank import CHOLESKY, EIGH, SMALLEST, TOLERANCE, pays, stands_alone
 from mupx.preconditioning import prefers_cholesky, thin_pays
 from mupx.tiles import AT_ONCE
+from mupx.triangular import share
 
 LARGEST = 6 / math.pi**2  # share of the trace that the first of the eigenvalues i⁻² has
 NEWTON_SCHULZ = 5  # iterations of Muon
@@ -241,15 +242,19 @@ def psgd(shape: Shape, setting: Setting) -> Cost:
     """Return PSGD's cost: a running mean, two triangular factors, applied twice and fitted in every step."""
     d_out, d_in, size = shape.d_out, shape.d_in, setting.itemsize
     plain, squares = descent(shape, setting), float(d_out**2 + d_in**2)
-    across = (gemm(d_out, d_in, d_out), gemm(d_out, d_in, d_in))
+    across = (
+        gemm(d_out, d_in, d_out, share(d_out, d_in)),
+        gemm(d_out, d_in, d_in, share(d_in, d_out)),
+        *_repeated((solve(d_out, d_in), solve(d_in, d_out)), 1 / 6),
+    )
     gram = (gemm(d_out, d_out, d_in, 2), gemm(d_in, d_in, d_out, 2))
     fit = (
-        gemm(d_out, d_out, d_out),
-        gemm(d_in, d_in, d_in),
+        gemm(d_out, d_out, d_out, share(d_out, d_out, triangle=True)),
+        gemm(d_in, d_in, d_in, share(d_in, d_in, triangle=True)),
         *elementwise(12.0 * squares * size, 4 * squares * size, 40),
     )
     return Cost(
-        step=(*plain.step, *_repeated(across, 4), *gram, *fit),
+        step=(*plain.step, *_repeated(across, 3), *gram, *fit),
         state=size * (squares + shape.numel),
         workspace=plain.workspace + size * (3.0 * max(d_out, d_in) ** 2 + 3 * shape.numel),
     )

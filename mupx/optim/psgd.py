@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mupx.errors import UsageError
 from mupx.linalg import Scalar, gram, over
 from mupx.optim.base import DEFAULTS, Groups, sort_groups
 from mupx.optim.divided import Divided, cubes_of
+from mupx.triangular import both, left, right
 
 POWER_STEPS = 4  # of the estimate of a spectral norm; it errs to the small side
 
@@ -36,19 +38,19 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     Args:
         matrix: M, ``[..., m, n]``.
     """
-    unit = matrix.abs().amax((-2, -1), keepdim=True)
-    scaled = matrix / torch.where(unit > 0, unit, 1.0)  # squares of tiny entries would underflow
-    longest = scaled.square().sum(-1, keepdim=True).argmax(-2, keepdim=True)
+    tiny = torch.finfo(matrix.dtype).tiny
+    unit = _largest(matrix).clamp(min=tiny)
+    scaled = matrix / unit  # squares of tiny entries would underflow
+    longest = scaled.norm(dim=-1, keepdim=True).argmax(-2, keepdim=True)
     row = torch.take_along_dim(scaled, longest, -2)
     for _ in range(POWER_STEPS):
-        row = _direction_of(row) @ scaled.mT @ scaled
-    size: Tensor = (_direction_of(row) @ scaled.mT).norm(dim=-1, keepdim=True)
+        row = normalize(row, dim=-1, eps=tiny) @ scaled.mT @ scaled
+    size: Tensor = (normalize(row, dim=-1, eps=tiny) @ scaled.mT).norm(dim=-1, keepdim=True)
     return size * unit
 
 
-def _direction_of(row: Tensor) -> Tensor:
-    norm = row.norm(dim=-1, keepdim=True)
-    return row / torch.where(norm > 0, norm, 1.0)
+def _largest(matrix: Tensor) -> Tensor:
+    return torch.maximum(matrix.amax((-2, -1), keepdim=True), -matrix.amin((-2, -1), keepdim=True))
 
 
 def started(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,25 +77,26 @@ def fitted(gradient: Tensor, Q_L: Tensor, Q_R: Tensor, probe: Tensor, rate: Scal
         probe: V, standard normal, of G's shape.
         rate: μ, broadcastable against ``[...]``; 1 would be the whole way to a singular Q.
     """
-    A = Q_L @ gradient @ Q_R.mT
+    A = right(left(Q_L, gradient), Q_R, transposed=True)
     B = torch.linalg.solve_triangular(Q_L.mT, probe, upper=False)
     B = torch.linalg.solve_triangular(Q_R, B, upper=True, left=False)
     Q_L = _stepped(Q_L, gram(A.mT), gram(B.mT), rate)
     Q_R = _stepped(Q_R, gram(A), gram(B), rate)
     # P is the same for c Q_L and Q_R / c: equal largest entries keep both far from overflow.
-    sizes = (Q.abs().amax((-2, -1), keepdim=True) for Q in (Q_L, Q_R))
-    balance = (next(sizes) / next(sizes)).sqrt()
-    return Q_L / balance, Q_R * balance
+    balance = (_largest(Q_L) / _largest(Q_R)).sqrt()
+    return Q_L.div_(balance), Q_R.mul_(balance)
 
 
 def _stepped(Q: Tensor, whitened: Tensor, probed: Tensor, rate: Scalar) -> Tensor:
-    slope = torch.triu(whitened - probed) @ Q
-    return Q - over(rate, Q) * slope / spectral_norm(whitened + probed)
+    norm = spectral_norm(whitened + probed)
+    slope = both(whitened.sub_(probed).triu_(), Q)
+    return slope.mul_(-over(rate, norm) / norm).add_(Q)
 
 
 def preconditioned(gradient: Tensor, Q_L: Tensor, Q_R: Tensor) -> Tensor:
     """Return Q_Lᵀ Q_L G Q_Rᵀ Q_R."""
-    return Q_L.mT @ (Q_L @ gradient @ Q_R.mT) @ Q_R
+    whitened = right(left(Q_L, gradient), Q_R, transposed=True)
+    return right(left(Q_L, whitened, transposed=True), Q_R)
 
 
 def cut(update: Tensor, limit: Scalar) -> Tensor:
