@@ -199,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--updates", action="store_true", help="measure the second table alone")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -214,7 +215,8 @@ def main() -> None:
     works += [lambda o=o: lockstep_row(o, count, rounds) for o in ("sgd", "kfac")]
     works += [lambda t=t: passes_row(count, t, rounds) for t in (count, min(TILE, count // 2))]
     updates = [lambda w=w, o=o: update_row(w, o, rounds) for w in cases for o in ("sgd", "adamw")]
-    for file, measures in zip(files, (works, updates), strict=True):
+    tables = list(zip(files, (works, updates), strict=True))
+    for file, measures in tables[arguments.updates :]:
         rows = []
         for measure in measures:
             rows.append(measure())

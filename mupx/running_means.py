@@ -7,16 +7,17 @@ time where there are few examples to a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam as torch_adam
 
 from mupx.linalg import Scalar, over
 
-FUSED_FROM = 2**14  # entries from which torch's one kernel is quicker than calls for each operation
+FUSED_FROM = 2**14  # entries of one tensor from which torch's kernel is quicker than a call per operation
+PLAIN = (Tensor, nn.Parameter)
 
 
 def running(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
@@ -63,36 +64,53 @@ def adam_direction(
         betas: Decay rates.
         eps: In the units of the gradient, broadcastable against ``[...]``.
     """
-    if _fused(gradient, mean, square, eps):
+    large = gradient.numel() >= FUSED_FROM
+    if large and isinstance(eps, float) and can_fuse(gradient, mean, square):
         # One pass over the entries in place of ten. From weights of zero a step of length −1 is u itself.
         update = torch.zeros_like(gradient)
-        torch_adam(
-            [update],
-            [gradient],
-            [mean],
-            [square],
-            [],
-            [torch.tensor(float(step - 1))],
-            beta1=betas[0],
-            beta2=betas[1],
-            eps=float(eps),
-            lr=-1.0,
-            weight_decay=0.0,
-            amsgrad=False,
-            maximize=False,
-            fused=True,
-        )
+        adam_steps([(update, gradient, mean, square)], step, betas, eps, lr=-1.0)
         return update
     corrected, root = adam_means(gradient, mean, square, step, betas)
     return corrected.div_(root.add_(over(eps, root)))
 
 
-def _fused(gradient: Tensor, mean: Tensor, square: Tensor, eps: Scalar) -> bool:
-    """Whether torch's kernel can do it: on a CPU, where its step counter costs no transfer to a device."""
-    tensors = (gradient, mean, square)
-    return (
-        isinstance(eps, float)
-        and gradient.numel() >= FUSED_FROM
-        and all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
-        and all(tensor.stride() == gradient.stride() and tensor.dtype == gradient.dtype for tensor in tensors)
+def adam_steps(
+    tensors: Iterable[Sequence[Tensor]], step: int, betas: Sequence[float], eps: float, lr: float
+) -> None:
+    """Do W ← W − lr m̂ / (√v̂ + eps) for many tensors by one call of torch's fused kernel.
+
+    Args:
+        tensors: (W, g, m, v) of each, such as :func:`can_fuse` allows; all but g overwritten.
+        step: Steps including this one.
+        betas: Decay rates.
+        eps: In the units of the gradient.
+        lr: Length of the step.
+    """
+    weights, gradients, means, squares = (list(each) for each in zip(*tensors, strict=True))
+    torch_adam(
+        weights,
+        gradients,
+        means,
+        squares,
+        [],
+        list(torch.full((len(weights),), step - 1.0).unbind()),
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        lr=lr,
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        fused=True,
     )
+
+
+def can_fuse(*tensors: Tensor) -> bool:
+    """Whether torch's kernel takes them: plain, alike, and on a CPU, where its counter costs no transfer."""
+    stride, dtype = tensors[0].stride(), tensors[0].dtype
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not tensor.is_cpu:
+            return False
+        if tensor.dtype != dtype or tensor.stride() != stride:
+            return False
+    return True

@@ -48,6 +48,10 @@ class AdamW(Base):
         """Return m̂ / (√v̂ + eps)."""
         return self.adam(parameter, gradient, group)
 
+    def is_adam(self, group: dict[str, Any]) -> bool:
+        """Whether the updates of a group are those of ``Base.adam``: of a subclass perhaps not."""
+        return self.has_kept(AdamW, "direction", "adam", "step_size", "update_of", "move")
+
     def precondition(
         self, parameter: Tensor, vector: Tensor, group: dict[str, Any], *, inverse: bool = False
     ) -> Tensor | None:

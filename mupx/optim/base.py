@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, get_args, overload
@@ -26,13 +26,15 @@ from mupx.lowrank import Thin
 from mupx.refresh import Refresh as Refresh
 from mupx.refresh import refresh_interval as refresh_interval
 from mupx.refresh import require_refresh as require_refresh
-from mupx.running_means import adam_direction, heavy_ball, running
+from mupx.running_means import adam_direction, adam_steps, can_fuse, heavy_ball, running
 from mupx.scaling import WeightDecayMode, find_rule
 from mupx.update_norm import SIZES, asks_for_size, sized
 
 Groups = Iterable[Any]
 Update = Tensor | Thin  # of a parameter's shape, or of its shape as a matrix
 Gradient = Tensor | Thin  # likewise
+Moving = Sequence[tuple[Tensor, dict[str, Any]]]  # parameters, each with its group
+ADAM = ("exp_avg", "exp_avg_sq")  # m and v
 
 
 class Scale(NamedTuple):
@@ -210,11 +212,44 @@ class Base(torch.optim.Optimizer):
     def forget(self) -> None:
         """Drop what the passes captured for a step that will not be done."""
 
-    def update_all(self, moving: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+    def update_all(self, moving: Moving) -> None:
         """Move the parameters that have a gradient, each with its group."""
-        for parameter, group in moving:
+        for parameter, group in self.moved_at_once(moving):
             factor, update = self.update_of(parameter, group, self._decayed(parameter, group))
             self.move(parameter, group, factor, update)
+
+    def moved_at_once(self, moving: Moving) -> Moving:
+        """Move all that Adam moves, in a call for each lr and eps, and return what it cannot take."""
+        rest, calls = [], defaultdict(list)
+        for parameter, group in moving:
+            numbers = (group["lr"], group["eps"], *group["betas"])
+            tensors = self._adam_tensors(parameter) if self.is_adam(group) and _are_fixed(group) else None
+            if tensors is None or not can_fuse(*tensors):
+                rest.append((parameter, group))
+                continue
+            factor, gradient = self._decayed(parameter, group)
+            if factor != 1.0:
+                parameter.mul_(factor)
+            state = self.state[parameter]
+            step = state["step"] = state.get("step", 0) + 1
+            calls[(step, *numbers)].append((parameter, multiplied(gradient, parameter), *tensors[2:]))
+        for (step, lr, eps, *betas), together in calls.items():
+            adam_steps(together, step, betas, eps, lr)
+        return rest
+
+    def is_adam(self, group: dict[str, Any]) -> bool:
+        """Whether the updates of a group are those of :meth:`Base.adam`: of a subclass perhaps not."""
+        return group["algorithm"] != self.algorithm and self.has_kept(Base, "adam", "update_of", "move")
+
+    def has_kept(self, kind: type, *methods: str) -> bool:
+        """Whether the methods are those of a class, overridden by none below it."""
+        return all(getattr(type(self), name) is getattr(kind, name) for name in methods)
+
+    def _adam_tensors(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (W, g, m, v)."""
+        gradient = multiplied(self.gradient_of(parameter), parameter)  # type: ignore[arg-type]
+        mean, square = (running(self.state[parameter], key, gradient) for key in ADAM)
+        return parameter, gradient, mean, square
 
     def update_of(
         self, parameter: Tensor, group: dict[str, Any], decayed: tuple[Scalar, Gradient]
@@ -268,7 +303,7 @@ class Base(torch.optim.Optimizer):
         """Return Adam's direction: the whole of AdamW, and the fallback of the others."""
         state = self.state[parameter]
         step = state["step"] = state.get("step", 0) + 1
-        mean, square = (running(state, key, gradient) for key in ("exp_avg", "exp_avg_sq"))
+        mean, square = (running(state, key, gradient) for key in ADAM)
         return adam_direction(gradient, mean, square, step, group["betas"], group["eps"])
 
     def scales(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Scale]:
@@ -436,6 +471,11 @@ def require_choice(what: str, given: str, allowed: Iterable[str]) -> str:
 def require_damping_rule(optimizer: str, given: str) -> str:
     """Return ``given`` if the optimizer's scaling rule knows this damping rule."""
     return require_choice(f"damping_rule of {optimizer}", given, find_rule(optimizer).damping)
+
+
+def _are_fixed(group: dict[str, Any]) -> bool:
+    """Whether no hyperparameter of Adam's is a tensor, which torch may change while a graph is replayed."""
+    return not any(isinstance(group[key], Tensor) for key in ("lr", "eps", "weight_decay"))
 
 
 def _copied(lr: Scalar) -> Scalar:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mupx.layer_rows import Layer
 from mupx.left_out import LeftOut, can_leave_out
-from mupx.optim.base import Gradient
-from mupx.optim.divided import Divided, Moving
+from mupx.optim.base import Gradient, Moving
+from mupx.optim.divided import Divided
 
 
 class ByRows(Divided):

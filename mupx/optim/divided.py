@@ -25,10 +25,9 @@ from mupx.distributed.assignment import assigned, cubes
 from mupx.distributed.communicator import Communicator, found, packed, unpacked
 from mupx.distributed.sharding import from_local, local, rows_of, shaped_like, sharded, whole
 from mupx.errors import MismatchError
-from mupx.optim.base import Base, multiplied
+from mupx.optim.base import Base, Moving, multiplied
 from mupx.refresh import Intervals, Refresh
 
-Moving = Sequence[tuple[Tensor, dict[str, Any]]]
 NOTHING = re.compile(r"(?!)")
 
 
@@ -188,9 +187,7 @@ class Divided(Base):
         if divided:
             self._move_divided(divided)
         done = {id(p) for p, _ in divided}
-        for parameter, group in moving:
-            if id(parameter) in done:
-                continue
+        for parameter, group in self.moved_at_once([(p, g) for p, g in moving if id(p) not in done]):
             factor, gradient = self._decayed(parameter, group)
             gradient = self._whole.get(id(parameter), gradient)
             factor, update = self.update_of(parameter, group, (factor, gradient))
