@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -33,6 +34,7 @@ from mupx.factor_sums import FactorRows, FactorSums
 from mupx.layer_rows import Layer, factorable_layers, input_rows, output_rows, row_mask, unfolded_bytes
 from mupx.left_out import LeftOut
 from mupx.losses import Loss
+from mupx.passes import Asked, asked, node_of
 from mupx.patch_moments import patch_moment, pays
 
 
@@ -72,6 +74,7 @@ class EagerCapture:
                 self._mask = None  # a product with it would copy every row
         self._loss_scale, self._empirical = loss_scale, empirical
         self._edges: list[tuple[str, GradientEdge]] = []
+        self._nodes: dict[str, Any] = {}  # of the weights' gradients
         self._handles: list[RemovableHandle] = []
         self._counted: set[str] = set()
         self._eager: AbstractContextManager[None] = nullcontext()
@@ -82,9 +85,10 @@ class EagerCapture:
             # Code that was compiled before there were hooks does not run them.
             self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
-        self._handles = [
-            layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()
-        ]
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+            if self._empirical:
+                self._handles.append(layer.register_forward_pre_hook(partial(self._note_weight, name)))
         return self
 
     def __exit__(
@@ -93,7 +97,12 @@ class EagerCapture:
         for handle in self._handles:
             handle.remove()
         self._edges.clear()
+        self._nodes.clear()
         self._eager.__exit__(kind, value, trace)
+
+    def _note_weight(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Before the pass: after it a sharded layer may have let go of the weight that it used.
+        self._nodes[name] = node_of(module.weight)  # type: ignore[arg-type]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -119,7 +128,11 @@ class EagerCapture:
             if self._empirical:
                 if isinstance(terms, Tensor) and layer.weight.dtype == torch.float64:
                     terms = terms.double()  # a whole number over a float would be float32
-                output.register_hook(lambda g: self._add_delta(name, g, terms / self._loss_scale))
+                node, scale = self._nodes.get(name), terms / self._loss_scale
+                # A pass that is not for the weights, such as an input's gradient, is not the loss's.
+                output.register_hook(
+                    lambda g: None if asked(node) is Asked.NOT else self._add_delta(name, g, scale)
+                )
             else:
                 self._edges.append((name, get_gradient_edge(output)))
 

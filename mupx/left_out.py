@@ -5,7 +5,7 @@ made of the rows g and h themselves (:func:`mupx.preconditioning.thin_update`) n
 :func:`leaving_out` a layer's backward pass keeps the rows in place of their product. Whatever else the weight
 is used for is differentiated as ever and arrives in ``weight.grad``: the gradient is the sum of both, so
 nothing has to be known about the model. Passes that do not ask for the weight's gradient, such as the
-gradient with respect to an input, keep nothing, and those that are differentiated again make it.
+gradient with respect to an input, keep nothing; those that return it or are differentiated again make it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 from mupx.factor_sums import FactorRows, FactorSums, joined
 from mupx.lowrank import Thin
-
-# Whether the backward pass that is running goes on to a node of the graph; not known of older versions.
-_runs: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
+from mupx.passes import Asked, asked
 
 
 class Call:
@@ -53,9 +51,10 @@ class _Linear(torch.autograd.Function):
         rows = g.reshape(-1, g.shape[-1])
         back = (rows @ weight).view(inputs.shape) if ctx.needs_input_grad[0] else None
         sums = rows.sum(0) if ctx.needs_input_grad[2] else None
-        if _runs is None or torch.is_grad_enabled():
+        wanted = asked(ctx.next_functions[1][0])
+        if wanted is Asked.RETURNED or torch.is_grad_enabled():
             return back, rows.mT @ inputs.reshape(-1, inputs.shape[-1]), sums, None
-        if _runs(ctx.next_functions[1][0]):
+        if wanted is Asked.ADDED:
             # What needs no gradient is data, whose buffer may have the next batch before the step.
             h = inputs.detach() if inputs.requires_grad else inputs.clone()
             ctx.call.left.add(ctx.call, h.reshape(-1, h.shape[-1]), rows)

@@ -63,6 +63,7 @@ LEVELS = {
     "mupx.plain_loss": 2,
     "mupx.curvature": 3,
     "mupx.factor_sums": 3,
+    "mupx.passes": 2,
     "mupx.left_out": 3,
     "mupx.layer_rows": 3,
     "mupx.autocorrelation": 2,

@@ -23,6 +23,7 @@ from tests.factories import small_cnn, small_mlp
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 FISHERS = ("empirical", "mc", "exact")
+Passes = Callable[[Tensor, Tensor, list[nn.Parameter]], Any]  # of the loss, the inputs, the weights
 Micro = tuple[Tensor, Tensor, Tensor, float]  # inputs, targets, sampled labels, factor on the mean loss
 
 
@@ -352,6 +353,56 @@ def test_a_population_equals_separate_runs(setting: Any, members: int) -> None:
                 torch.testing.assert_close(ours[i], theirs, **EXACT)
     if members > 1:
         assert not torch.allclose(mapped.loss[0], mapped.loss[1])
+
+
+def signals_of(passes: Passes) -> list[Tensor]:
+    """Return B of every layer after some passes from a loss to inputs and weights."""
+    torch.manual_seed(0)
+    model = small_mlp().double()
+    x, y = torch.randn(6, 6, dtype=torch.double, requires_grad=True), torch.randint(0, 4, (6,))
+    optimizer = KFAC(model.parameters(), model, ema=0.0, solver="dense")
+    with optimizer.curvature(y):
+        passes(F.cross_entropy(model(x), y), x, list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad
+    optimizer.step()
+    return [state["B"] for state in optimizer.state.values() if "B" in state]
+
+
+def penalised(loss: Tensor, x: Tensor, weights: list[nn.Parameter]) -> None:
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + 0.0 * gradient.square().sum()).backward()
+
+
+PASSES: dict[str, tuple[Passes, float]] = {
+    "an input's gradient first": (
+        lambda loss, x, weights: (torch.autograd.grad(loss, x, retain_graph=True), loss.backward()),
+        1.0,
+    ),
+    "an input's gradient in the loss": (penalised, 1.0),
+    "an input alone, by backward": (
+        lambda loss, x, weights: (loss.backward(retain_graph=True, inputs=[x]), loss.backward()),
+        1.0,
+    ),
+    "the weights' gradients returned": (
+        lambda loss, x, weights: torch.autograd.grad(loss, weights),
+        1.0,
+    ),
+    "the weights' gradients twice": (
+        lambda loss, x, weights: (loss.backward(retain_graph=True), loss.backward()),
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_signals_are_those_of_passes_for_the_weights(case: str) -> None:
+    passes, times = PASSES[case]
+    expected = signals_of(lambda loss, x, weights: loss.backward())
+    found = signals_of(passes)
+    assert len(found) == len(expected) >= 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, times * b)
 
 
 def test_nothing_captured_says_so() -> None:

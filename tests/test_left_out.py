@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mupx import left_out
 from mupx.left_out import LeftOut
+from mupx.lowrank import Thin
 from mupx.optim.base import Base
 from mupx.optim.kfac import KFAC
 from mupx.optim.shampoo import LeftShampoo, Shampoo
@@ -343,10 +343,27 @@ def test_under_autocast_rows_have_the_precision_of_the_weight() -> None:
 @pytest.mark.parametrize("engine", [None, "none"])
 def test_what_cannot_be_known_is_made(engine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine is None:  # as in a version of torch that does not say what a backward pass is for
-        monkeypatch.setattr(left_out, "_runs", None)
+        monkeypatch.setattr("mupx.passes._runs", None)
     net, optimizer = after_a_step()
     passed(net, optimizer, batch(1))
     assert (net[2].weight.grad is None) == (engine is not None)  # type: ignore[index]
+
+
+def test_a_gradient_that_is_asked_for_by_itself_is_returned() -> None:
+    net, optimizer = after_a_step()
+    x, y = batch(1)
+    weight = net[2].weight  # type: ignore[index]
+    (expected,) = torch.autograd.grad(F.cross_entropy(net(x), y), weight)
+    with optimizer.curvature(y, gradients=False):
+        loss = F.cross_entropy(net(x), y)
+        (found,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        assert optimizer.gradient_of(weight) is None
+        loss.backward()
+    torch.testing.assert_close(found, expected)
+    assert weight.grad is None
+    left = optimizer.gradient_of(weight)
+    assert isinstance(left, Thin)
+    torch.testing.assert_close(left.product, expected)
 
 
 def test_after_the_passes_layers_are_as_they_were() -> None:
