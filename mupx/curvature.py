@@ -52,6 +52,8 @@ class EagerCapture:
             accumulation by 1/k, a GradScaler's scale).
         empirical: Take δ from the backward pass itself (otherwise from :meth:`add_fisher`).
         left: What of the weights' gradients these passes leave out, by layer name.
+        terms: What δ is multiplied by where no loss tells how many terms it is the mean of; None means
+            the number of samples, 1 leaves the signals as they are.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class EagerCapture:
         loss_scale: float = 1.0,
         empirical: bool = True,
         left: Mapping[str, LeftOut] | None = None,
+        terms: int | None = None,
     ) -> None:
         self._layers, self._sums, self._loss = layers, sums, loss
         self._left = left or {}
         self._mask: Tensor | None = None
-        self._terms: Tensor | int | None = None
+        self._terms: Tensor | int | None = terms
         if loss is not None and targets is not None:
             self._mask, self._terms = loss.mask(targets), loss.normaliser(targets)
             if self._mask is not None and _all_ones(self._mask):

@@ -52,6 +52,21 @@ class Identity:
         return X
 
 
+class Forecast(NamedTuple):
+    """What stands for an operator that is not there yet, to ask whether it will pay.
+
+    Attributes:
+        flops: Operations per vector.
+    """
+
+    flops: int
+
+    @classmethod
+    def of(cls, d: int, columns: int | None) -> Forecast:
+        """Return that of a factor ``[d, d]`` kept as so many columns, or whole."""
+        return cls(2 * d**2 if columns is None else 4 * d * columns)
+
+
 Operator = Tensor | LowRank | Cholesky | Identity
 
 
@@ -220,7 +235,9 @@ def own_update(left: LowRank, gradient: Thin, right: LowRank) -> Thin:
     return Thin(W.mT @ D, H, factor) if D.shape[1] < H.shape[1] else Thin(D, W @ H, factor)
 
 
-def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int, made: bool = True) -> bool:
+def thin_pays(
+    left: Operator | Forecast, right: Operator | Forecast, shape: tuple[int, int], n: int, made: bool = True
+) -> bool:
     """Whether :func:`thin_update` costs less than multiplying the whole gradient from both sides.
 
     Args:
@@ -238,7 +255,7 @@ def thin_pays(left: Operator, right: Operator, shape: tuple[int, int], n: int, m
     return n * (column + row) + 2 * n * d_out * d_in * made < d_in * column + d_out * row
 
 
-def _flops(operator: Operator) -> int:
+def _flops(operator: Operator | Forecast) -> int:
     return 2 * operator.numel() if isinstance(operator, Tensor) else operator.flops
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mupx.left_out import LeftOut
@@ -272,12 +274,17 @@ def test_weights_train_as_with_all_gradients(case: str, monkeypatch: pytest.Monk
     with_all, nothing = trained(True, **settings)
     without, missing = trained(False, **settings)
     assert not any(nothing)
-    assert missing == [set(), *[expected] * (STEPS - 1)]  # at first there is no preconditioner
+    assert missing == [expected] * STEPS
     assert distance(with_all, without) < 1e-12
     add = LeftOut.add
-    monkeypatch.setattr(LeftOut, "add", lambda self, call, h, g: add(self, call, h, 1.1 * g))
+    # One row alone: to a factor on all of them Shampoo is blind.
+    monkeypatch.setattr(LeftOut, "add", lambda self, call, h, g: add(self, call, h, _last_doubled(g)))
     wrong, _ = trained(False, **settings)
     assert (distance(with_all, wrong) > 1e-4) == (case not in MADE)
+
+
+def _last_doubled(rows: Tensor) -> Tensor:
+    return torch.cat([rows[:-1], 2 * rows[-1:]])
 
 
 def test_another_use_is_seen_only_because_it_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +339,7 @@ def test_under_autocast_rows_have_the_precision_of_the_weight() -> None:
             with optimizer.curvature(y, gradients=gradients), torch.autocast("cpu", torch.bfloat16):
                 loss = F.cross_entropy(net(x.float()), y)
                 loss.backward()
-            assert (net[2].weight.grad is None) == (not gradients and step > 0)  # type: ignore[index]
+            assert (net[2].weight.grad is None) == (not gradients)  # type: ignore[index]
             optimizer.step()
         weights[gradients] = [p.detach() for p in net.parameters()]
     start = [p.detach().float() for p in built("plain", "batch only")[0].parameters()]
@@ -347,6 +354,44 @@ def test_what_cannot_be_known_is_made(engine: str | None, monkeypatch: pytest.Mo
     net, optimizer = after_a_step()
     passed(net, optimizer, batch(1))
     assert (net[2].weight.grad is None) == (engine is not None)  # type: ignore[index]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the entries of the largest tensor that was made, views of others aside."""
+
+    entries = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        for made in (r for r in tree_leaves(result) if isinstance(r, Tensor)):
+            if made.untyped_storage().data_ptr() not in given:
+                self.entries = max(self.entries, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", [KFAC, Shampoo])
+def test_no_tensor_of_a_weight_s_size_is_made(
+    kind: type[Base], gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # what is small is small here
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    net = Net(nn.Linear(700, 800), nn.Tanh(), nn.Linear(800, 900))
+    optimizer = kind(net.parameters(), model=net, lr=0.01, refresh=2, staleness=1.0)  # type: ignore[call-arg]
+    with Largest() as largest:
+        for step in range(5):
+            x, y = torch.randn(16, 700), torch.randint(0, 900, (16,))
+            optimizer.zero_grad()
+            with optimizer.curvature(y, gradients=gradients):
+                F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            if step == 0:
+                first = largest.entries
+    assert (first >= 700 * 800, largest.entries >= 700 * 800) == (gradients, gradients)
+    assert first >= 16 * 900  # it sees what is made: the outputs
 
 
 def test_a_gradient_that_is_asked_for_by_itself_is_returned() -> None:

@@ -112,6 +112,7 @@ class Cost:
         state: Bytes that stay from step to step.
         workspace: Bytes that live while the tensor is treated.
         captured: Bytes that wait from the backward pass to the step.
+        spared: Bytes of a gradient that is left out of the backward pass, from the first step on.
         passes: Further backward passes per refresh, for the whole model.
     """
 
@@ -120,6 +121,7 @@ class Cost:
     state: float = 0.0
     workspace: float = 0.0
     captured: float = 0.0
+    spared: float = 0.0
     passes: float = 0.0
 
 
@@ -313,17 +315,14 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
     captures_always = kept and min(d_out, d_in) >= SMALLEST
     rows = n if kept and captures_always else 0
     applied = _applied(shape, pair, rows, setting, exact=whole)
+    left = _left_out(shape, pair, rows, setting)
     return Cost(
-        step=(
-            *plain.step,
-            *applied,
-            *(capture if captures_always else ()),
-            *_left_out(shape, pair, rows, setting),
-        ),
+        step=(*plain.step, *applied, *(capture if captures_always else ()), *left),
         refresh=(*(() if captures_always else capture), *(op for side in pair for op in side.refresh)),
         state=plain.state + size * (sum(side.state for side in pair) + whole * shape.numel),
-        workspace=plain.workspace + size * (max(side.workspace for side in pair) + 2 * shape.numel),
+        workspace=size * max(side.workspace for side in pair) + _made(plain, shape, setting, left),
         captured=size * (n * (d_in * (shape.positions > 1) + d_out) if kept else d_in**2 + d_out**2),
+        spared=size * shape.numel if left else 0.0,
         passes={"empirical": 0.0, "mc": 1.0}.get(setting.fisher, float(setting.classes)),
     )
 
@@ -352,17 +351,19 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     refresh = (*moments, *(op for side in pair for op in side.refresh))
     largest = max(pair, key=lambda side: side.workspace)
     workspace = _together(largest.workspace / largest.d**2, largest.d, count, size)
+    left = _left_out(shape, pair, n, setting) if thin and count == 1 else ()
     return Cost(
         step=(
             *plain.step,
             *(_capture(shape, size) if watched else ()),
             *_batched(work, count),
-            *(_left_out(shape, pair, n, setting) if thin and count == 1 else ()),
+            *left,
         ),
         refresh=_batched(refresh, count),
         state=plain.state + size * count * sum(side.state for side in pair),
-        workspace=plain.workspace + size * (workspace + 2 * shape.numel),
+        workspace=size * workspace + _made(plain, shape, setting, left),
         captured=size * n * (one.d_in * (one.positions > 1) + one.d_out) if thin else 0.0,
+        spared=size * shape.numel if left else 0.0,
     )
 
 
@@ -485,12 +486,15 @@ def _is_thin(shape: Shape, pair: list[Side], n: int, setting: Setting) -> bool:
 
 
 def _left_out(shape: Shape, pair: list[Side], n: int, setting: Setting) -> Work:
-    """Return the product, negative, that the backward pass leaves out where solvers are applied to n rows.
-
-    Memory is needed for it all the same: the first step, which has no solver yet, has all gradients.
-    """
+    """Return the product, negative, that the backward pass leaves out where solvers are applied to n rows."""
     left_out = not _is_made(shape, setting) and _is_thin(shape, pair, n, setting)
     return (gemm(shape.d_out, shape.d_in, n, -1.0),) if left_out else ()
+
+
+def _made(plain: Cost, shape: Shape, setting: Setting, left: Work) -> float:
+    """Return the bytes made for an update: none for one that is added as it is multiplied."""
+    added = left and not setting.momentum
+    return 0.0 if added else plain.workspace + 2.0 * shape.numel * setting.itemsize
 
 
 def _is_made(shape: Shape, setting: Setting) -> bool:

@@ -23,7 +23,7 @@ class Memory:
 
     Attributes:
         parameters: With buffers.
-        gradients: Of what trains.
+        gradients: Of what trains, but for what the optimizer does without.
         state: The optimizer's.
         activations: Kept between forward and backward pass, at the whole batch.
         captured: Rows or products that wait for the optimizer.
@@ -125,7 +125,7 @@ def estimate(
     more += passes * BACKWARD * max((cost.passes for cost in all_costs), default=0.0)
     memory = Memory(
         network.parameters,
-        network.gradients,
+        network.gradients - sum(cost.spared for cost in all_costs),
         sum(cost.state for cost in all_costs),
         network.activations,
         sum(cost.captured for cost in all_costs),

@@ -20,14 +20,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mupx import sketch
 from mupx.factor_sums import FactorRows
 from mupx.linalg import Scalar
 from mupx.losses import Loss
-from mupx.lowrank import LowRank, Thin, factor_in
+from mupx.lowrank import CHOLESKY, LowRank, Thin, factor_in, pays, stands_alone
 from mupx.optim.base import Groups, Refresh, Scale, Update, split_ridge
 from mupx.optim.kronecker import Kronecker
 from mupx.preconditioning import (
     Factor,
+    Forecast,
     Solver,
     build_solver,
     least_of,
@@ -195,9 +197,23 @@ class KFAC(Kronecker):
         return precondition(gradient.product, state)
 
     def leaves_out(self, weight: Tensor, rows: int) -> bool:
-        """Whether the update is made of thin products; not before there is a preconditioner."""
-        known = self._thin and self.communicator.size == 1 and "refreshed_at" in self.state.get(weight, {})
-        return known and self._thin_pays(weight, rows, made=False)
+        """Whether the update is made of thin products; before there is a solver, whether it will be."""
+        if not self._thin or self.communicator.size > 1:
+            return False
+        if "refreshed_at" in self.state.get(weight, {}):
+            return self._thin_pays(weight, rows, made=False)
+        d_out, d_in = weight.shape
+        left, right = (Forecast.of(d, self._first_columns(d, rows)) for d in (d_out, d_in))
+        return thin_pays(left, right, (d_out, d_in), rows, made=False)
+
+    def _first_columns(self, d: int, n: int) -> int | None:
+        """Return how many columns a factor is kept as after the first n rows; None where it is dense."""
+        if self.statistics is not None:
+            return None
+        if sketch.pays(d, n, 0, self.solver, self.ema):
+            return sketch.RANK
+        kept = self.solver == "low-rank" or pays(d, n, 0, CHOLESKY)
+        return n if kept or stands_alone(d, n, self.solver, self.ema, self.refresh == 1) else None
 
     def _thin_pays(self, weight: Tensor, rows: int, made: bool) -> bool:
         state, (d_out, d_in) = self.state[weight], weight.flatten(1).shape

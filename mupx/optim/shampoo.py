@@ -63,6 +63,7 @@ from mupx.optim.blockwise import Blockwise
 from mupx.optim.by_rows import ByRows
 from mupx.optim.divided import interval_of
 from mupx.preconditioning import (
+    Forecast,
     Identity,
     Operator,
     least_of,
@@ -245,7 +246,8 @@ class Shampoo(ByRows, Blockwise):
             self._captured.setdefault(name, FactorRows(limit=limit, summed=False))
         try:
             left = {} if gradients else self.left_out(layers)
-            with leaving_out(left.values()), EagerCapture(layers, self._captured, left=left):
+            # Signals as they are: those of unequal micro-batches add up to the gradient only so.
+            with leaving_out(left.values()), EagerCapture(layers, self._captured, left=left, terms=1):
                 yield
         except BaseException:
             self.forget()  # what a broken pass left must not be taken for a gradient
@@ -269,12 +271,20 @@ class Shampoo(ByRows, Blockwise):
         self._captured = {}
 
     def leaves_out(self, weight: Tensor, rows: int) -> bool:
-        """Whether the update is made of thin products; not before there are roots."""
-        state = self.state.get(weight, {})
-        if "refreshed_at" not in state or not self._is_one_block(weight):
+        """Whether the update is made of thin products; before there are roots, whether it will be."""
+        if not self._is_one_block(weight):
             return False
-        d_out, d_in = weight.shape
-        return thin_pays(_root_in(state, "L0"), _root_in(state, "R0"), (d_out, d_in), rows, made=False)
+        state, (d_out, d_in) = self.state.get(weight, {}), weight.shape
+        if "refreshed_at" in state:
+            return thin_pays(_root_in(state, "L0"), _root_in(state, "R0"), (d_out, d_in), rows, made=False)
+        left, right = self._forecast("L", d_out, rows), self._forecast("R", d_in, rows)
+        return thin_pays(left, right, (d_out, d_in), rows, made=False)
+
+    def _forecast(self, side: str, d: int, n: int) -> Identity | Forecast:
+        if side not in self.sides:
+            return Identity()
+        kept = self.statistics is None and (self.solver == "low-rank" or pays(d, n, 0, EIGH))
+        return Forecast.of(d, n if kept else None)
 
     def _is_one_block(self, parameter: Tensor) -> bool:
         return not self.blocks or max(parameter.flatten(1).shape) <= self.blocks

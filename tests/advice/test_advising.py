@@ -49,7 +49,9 @@ def test_every_registered_optimizer_has_a_row_and_the_modelled_ones_numbers(with
     for name in ("sgd", "adamw", "kfac", "shampoo"):
         memory = rows[name]["memory"]
         assert rows[name]["modelled"]
-        assert memory["parameters"] == memory["gradients"] == 4 * numbers
+        # Those two leave out what they can do without: the gradients of both wide weights.
+        spared = 1024 * (3072 + 1024) if name in ("kfac", "shampoo") else 0
+        assert (memory["parameters"], memory["gradients"]) == (4 * numbers, 4 * (numbers - spared))
         assert memory["data"] == 4 * 45_000 * 3072
         assert memory["peak"] > memory["data"] + memory["parameters"] + memory["gradients"] + memory["state"]
         assert 0 < rows[name]["step"] <= rows[name]["seconds"]

@@ -138,6 +138,11 @@ def test_what_the_backward_pass_leaves_out_is_taken_off_where_it_does_so():
     for cost, setting in ((kfac, auto), (shampoo, Setting(damping_rule="relative"))):
         left, made = (cost(WIDE, replace(setting, clipped=clipped)) for clipped in (False, True))
         assert seconds(made.step) - seconds(left.step) == pytest.approx(product)
+        whole = 4 * WIDE.numel
+        assert (left.spared, made.spared) == (whole, 0)
+        moved = cost(WIDE, replace(setting, momentum=True))
+        assert made.workspace - left.workspace == 2 * whole
+        assert moved.workspace - left.workspace == 4 * whole
     narrow, crowded = replace(WIDE, d_out=256), replace(WIDE, n=4096)
     for cost, shape, setting in (
         *((kfac, shape, auto) for shape in (replace(WIDE, kind="conv2d"), narrow, crowded)),
@@ -146,6 +151,7 @@ def test_what_the_backward_pass_leaves_out_is_taken_off_where_it_does_so():
         (shampoo, WIDE, Setting(damping_rule="relative", blocks=1024)),
     ):
         assert not any(op.times < 0 for op in cost(shape, setting).step)
+        assert cost(shape, setting).spared == 0
 
 
 def test_the_curvature_of_a_batch_alone_is_solved_for_in_its_size():
