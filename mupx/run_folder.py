@@ -92,6 +92,7 @@ class RunFolder:
     def __init__(self, path: Path, experiment: Experiment, checksum: str, evaluate_test: bool) -> None:
         self.path, self.checkpoints, self._keep = path, path / "checkpoints", experiment.train.keep_latest
         self._metrics: list[str] = []
+        self._eval_every = experiment.train.eval_every
         identity = {**experiment.identity(search=False), "data_checksum": checksum}
         document = {
             "schema": SCHEMA,
@@ -119,8 +120,12 @@ class RunFolder:
                 f"{self.path / 'result.json'} is no result of this mupx ({error}); train again with --fresh"
             ) from None
 
-    def restore(self, run: Continuable) -> None:
+    def restore(self, run: Continuable) -> bool:
         """Continue from the newest whole checkpoint and drop metrics written after it.
+
+        Returns:
+            Whether the validation that belongs to its step is still to be recorded: a run that is told to
+            stop saves the step before it.
 
         Raises:
             MismatchError: No checkpoint is whole, or the newest is not one of this run.
@@ -129,7 +134,8 @@ class RunFolder:
         if saved is not None:
             with taking_over(saved, self.checkpoints):
                 run.restore(saved)
-        self._keep_metrics_until(run.step)
+        due = bool(self._eval_every and run.step and run.step % self._eval_every == 0)
+        return self._keep_metrics_until(run.step, int(due)) < due
 
     def record(self, run: Continuable, **values: Any) -> None:
         """Queue one line of metrics; it reaches the file with the next checkpoint.
@@ -152,19 +158,33 @@ class RunFolder:
         self.save(run)
         self._write("result.json", asdict(result))
 
-    def _keep_metrics_until(self, step: int) -> None:
+    def _keep_metrics_until(self, step: int, validations: int) -> int:
+        """Drop what is of later steps, and return how many validations of this one were kept.
+
+        Args:
+            step: The last step to keep.
+            validations: The most to keep of it. What a run that ended evaluates once more at its last step it
+                will do again, if it was killed before it had a result.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
-            return
-        kept = []
+            return 0
+        kept, found = [], 0
         for line in path.read_bytes().splitlines():
             try:
-                written = json.loads(line)["step"]
+                values = json.loads(line)
+                written = values["step"]
             except (ValueError, RecursionError, LookupError, TypeError):
                 continue  # the torn last line of a killed run
-            if isinstance(written, int) and written <= step:
-                kept.append(line + b"\n")
+            if not isinstance(written, int) or written > step:
+                continue
+            if written == step and "validation_loss" in values:
+                if found == validations:
+                    continue
+                found += 1
+            kept.append(line + b"\n")
         write_atomically(path, b"".join(kept))
+        return found
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

@@ -72,22 +72,23 @@ class SharedFolder:
         """Return the result of a finished run."""
         return self._ranks.first(lambda: self._own().result())
 
-    def restore(self, run: Run) -> None:
-        """Continue from the newest checkpoint, which rank 0 reads for all."""
+    def restore(self, run: Run) -> bool:
+        """Continue from the newest checkpoint, which rank 0 reads for all; as :meth:`RunFolder.restore`."""
 
-        def read() -> checkpoint.Checkpoint | None:
+        def read() -> tuple[checkpoint.Checkpoint | None, bool]:
             taken = _Taken(run.step)
-            self._own().restore(taken)
-            return taken.saved
+            owes = self._own().restore(taken)
+            return taken.saved, owes
 
-        saved = self._ranks.first(read)
+        saved, owes = self._ranks.first(read)
         if saved is None:
-            return
+            return owes
         with taking_over(saved, self._checkpoints):
             if "parts" in saved.values:
                 run.restore_parts(saved, self._checkpoints / Path(saved.values["parts"]).name)
             else:
                 run.restore(saved)
+        return owes
 
     def record(self, run: Continuable, **values: Any) -> None:
         """Queue one line of metrics (see :meth:`RunFolder.record`)."""

@@ -79,8 +79,8 @@ def train(
     if folder is not None and (done := folder.result()) is not None:
         return done
     run = Run(experiment, data, describe(experiment, data) if recipe is None else recipe.parameters, parallel)
-    if folder is not None:
-        folder.restore(run)
+    if folder is not None and folder.restore(run):
+        _record_validation(run, folder)
     try:
         result = _loop(run, folder, report, reports, progress, evaluate_test)
     except (KeyboardInterrupt, SystemExit):

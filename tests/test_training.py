@@ -172,6 +172,34 @@ def test_a_torn_last_line_of_the_metrics_is_dropped_on_resume(tmp_path, data):
     assert steps == [*range(1, 13), 12]
 
 
+@pytest.mark.parametrize("every", [None, 5, 6])
+def test_a_run_killed_before_it_has_a_result_records_its_last_validation_once(tmp_path, data, every):
+    chosen = experiment(train__checkpoint_every=4, train__eval_every=every)
+    train(chosen, data=data, run_dir=tmp_path)
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
+    assert expected.count(b'"step": 12, "validation') == (2 if every == 6 else 1)
+    (tmp_path / "result.json").unlink()  # as if killed between the last checkpoint and the result
+    train(chosen, data=data, run_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+@pytest.mark.parametrize("last", [4, 12])
+def test_a_run_stopped_before_the_validation_of_its_step_records_it_when_it_continues(tmp_path, data, last):
+    chosen = experiment(train__checkpoint_every=100, train__eval_every=4)
+    whole = train(chosen, data=data, run_dir=tmp_path / "whole")
+
+    def stop(step, steps, loss):  # told after the step, before its validation
+        if step == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, data=data, run_dir=tmp_path / "cut", progress=stop)
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints").step == last
+    assert train(chosen, data=data, run_dir=tmp_path / "cut").train_loss == whole.train_loss
+    found, expected = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("cut", "whole"))
+    assert found == expected
+
+
 @pytest.mark.parametrize("lr", [1e4, 1e9])
 def test_divergence_is_a_result_and_keeps_finite_numbers(data, lr):
     result = train(
