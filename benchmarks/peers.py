@@ -1,8 +1,10 @@
 """What a whole training step costs over SGD's, ours and other packages', measured in turns.
 
-    python benchmarks/peers.py                    # MLP, Myrtle-5 and a GPT block; about an hour on one core
-    python benchmarks/peers.py --memory           # state and peak of each at width 2048, a process each
+    python benchmarks/peers.py                    # MLP, Myrtle-5 and a GPT block; hours on one core
+    python benchmarks/peers.py --memory           # state and peak of each at width 2048, a process each;
+                                                  # at 8192 of SGD and what keeps nothing of a weight's size
     python benchmarks/peers.py --table            # print the committed results
+    python benchmarks/peers.py --growth           # print how their times grow with width
     python benchmarks/peers.py --smoke            # small sizes, what is installed; a few seconds
 
 A step is everything from the batch to the updated weights. A *round* is ``refresh`` steps, exactly one of
@@ -13,13 +15,15 @@ The MLP sees Fashion-MNIST (Debian's dataset-fashion-mnist, or MUPX_DATA_DIR; th
 enlarge the embedded images): white noise would be the wrong data, as an average of it has no low rank.
 Myrtle-5 and the GPT, whose batches have more rows than their layers have units, see noise and random tokens.
 Every package gets lr 10⁻⁶, at which none diverges, and where it has them damping 0.01 and a running
-average of 0.95.
+average of 0.95. *Growth* is p of a step's time ~ width^p, by least squares over the MLP's widths from 512 on,
+batch 256, where it was measured at two of them or more.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import resource
 import statistics
 import subprocess
@@ -40,6 +44,8 @@ from mupx.models.myrtle5 import build as build_myrtle5
 HERE = Path(__file__).parent
 ROUNDS, WARM_UP = 7, 1
 TOKENS, VOCABULARY = 64, 65
+SMALL = ("sgd: sgd", "kfac: mupx", "kfac: mupx, batch only", "shampoo: mupx")  # in memory
+WIDE = 512  # from here on a step is more than its calls
 IDENTITY = ("model", "width", "batch", "refresh", "variant")
 
 
@@ -156,20 +162,18 @@ def memory_of(label: str, width: int, size: int, refresh: int) -> dict[str, str]
     return {**setting, "variant": label, "state_MiB": f"{state / 2**20:.1f}", "peak_MiB": f"{peak:.0f}"}
 
 
-def all_memory(width: int, size: int, refresh: int) -> list[dict[str, str]]:
-    """Measure every variant in a process of its own: a peak is one process's."""
+def all_memory(widths: tuple[int, int], size: int, refresh: int) -> list[dict[str, str]]:
+    """Measure every variant in a process of its own, as a peak is a process's; at the second width a few."""
+    labels = [f"{family}: {package}" for family, variants in FAMILIES.items() for package in variants]
     rows = []
-    for family, variants in FAMILIES.items():
-        for package in variants:
-            words = ["--one", f"{family}: {package}", str(width), str(size), str(refresh)]
-            done = subprocess.run(
-                [sys.executable, __file__, *words], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                print(f"left out: {family}: {package}: {done.stderr.strip().splitlines()[-1]}")
-                continue
-            keys = ("width", "batch", "refresh", "variant", "state_MiB", "peak_MiB")
-            rows.append(dict(zip(keys, done.stdout.strip().splitlines()[-1].split("\t"), strict=True)))
+    for width, label in [*((widths[0], label) for label in labels), *((widths[1], few) for few in SMALL)]:
+        words = ["--one", label, str(width), str(size), str(refresh)]
+        done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"left out: {label}: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        keys = ("width", "batch", "refresh", "variant", "state_MiB", "peak_MiB")
+        rows.append(dict(zip(keys, done.stdout.strip().splitlines()[-1].split("\t"), strict=True)))
     return rows
 
 
@@ -188,8 +192,32 @@ def show(rows: list[dict[str, str]]) -> str:
 
 
 def show_memory(rows: list[dict[str, str]]) -> str:
-    lines = ["| variant | state, MiB | peak of the process, MiB |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {r['variant']} | {r['state_MiB']} | {r['peak_MiB']} |" for r in rows)])
+    lines = ["| width | variant | state, MiB | peak of the process, MiB |", "| --- " * 4 + "|"]
+    keys = ("width", "variant", "state_MiB", "peak_MiB")
+    return "\n".join([*lines, *(f"| {' | '.join(row[key] for key in keys)} |" for row in rows)])
+
+
+def show_growth(rows: list[dict[str, str]]) -> str:
+    """Return exponents of the milliseconds in width as a Markdown table, a row per variant."""
+    points: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if row["model"] == "mlp" and row["batch"] == "256" and int(row["width"]) >= WIDE:
+            found = points.setdefault((row["variant"], row["refresh"]), {})
+            found[int(row["width"])] = float(row["milliseconds"])
+    lines = ["| variant | widths | refresh 1 | refresh 10 |", "| --- | --- | --- | --- |"]
+    for family, variants in FAMILIES.items():
+        for label in (f"{family}: {package}" for package in variants):
+            fits = [points.get((label, refresh), {}) for refresh in ("1", "10")]
+            if all(len(fit) >= 2 for fit in fits):
+                widths = ", ".join(map(str, sorted(fits[0])))
+                lines.append(f"| {label} | {widths} | {growth(fits[0]):.2f} | {growth(fits[1]):.2f} |")
+    return "\n".join(lines)
+
+
+def growth(milliseconds: dict[int, float]) -> float:
+    """Return the slope of log time over log width."""
+    logs = [(math.log(width), math.log(time)) for width, time in milliseconds.items()]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
 def settings_of(smoke: bool, only: list[str] | None) -> list[tuple[str, int, int, int, int]]:
@@ -202,6 +230,7 @@ def settings_of(smoke: bool, only: list[str] | None) -> list[tuple[str, int, int
         for batch in (64, 256, 1024)
         for refresh in (1, 10)
     ]
+    mlp += [("mlp", 4096, 256, refresh, 3) for refresh in (1, 10)]
     blocks = [
         (name, width, 64, refresh, 5)
         for name, width in (("myrtle5", 64), ("gpt", 256))
@@ -219,11 +248,15 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     memory_csv = arguments.csv.with_name("peers-memory.csv")
     if arguments.table and arguments.memory:
         print(show_memory(read_rows(memory_csv)))
+        return
+    if arguments.growth:
+        print(show_growth(read_rows(arguments.csv)))
         return
     if arguments.table:
         print(show([row for row in read_rows(arguments.csv) if row["batch"] in arguments.batches]))
@@ -235,7 +268,7 @@ def main() -> None:
         return
     print(f"{machine}; {versions()}")
     if arguments.memory:
-        rows = all_memory(64 if arguments.smoke else 2048, 256, 10)
+        rows = all_memory((64, 128) if arguments.smoke else (2048, 8192), 256, 10)
         print(show_memory(rows))
         if not arguments.smoke:
             write_rows(memory_csv, rows)
