@@ -336,13 +336,15 @@ def shampoo(shape: Shape, setting: Setting, sides: str = "LR") -> Cost:
     watched = shape.n > 0 and setting.solver != "dense"
     watched = watched and (setting.solver == "low-rank" or max(shape.d_out, shape.d_in) >= SMALLEST)
     thin = watched and 0 < n <= longest
-    pair = []
+    pair: list[Side] = []
+    moments: Work = ()
     for side, d, other in (("L", one.d_out, one.d_in), ("R", one.d_in, one.d_out)):
         if side not in sides:
             continue
         kept = _kept_columns("L", d, n, setting) if thin else None
+        if kept is not None:
+            moments = (*moments, factorised("eigh", n), gemm(n, n, other), gemm(d, n, n))
         pair.append(_side(d, other if kept is None else n, kept, "root", False, setting))
-    moments = (factorised("eigh", n, 2), gemm(n, n, one.d_in, 2), gemm(n, n, one.d_out, 2)) if thin else ()
     size = setting.itemsize
     work = (
         *_applied(one, pair, n if thin else 0, setting),

@@ -85,14 +85,14 @@ def moments(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gram(gradient.mT), gram(gradient)
 
 
-def thin_moments(gradient: Thin) -> tuple[Tensor, Tensor]:
-    """Return columns F_L ``[d_out, n]`` and F_R ``[d_in, n]`` of the moments of a gradient G = c Dᵀ H.
+def thin_moment(gradient: Thin, side: str) -> Tensor:
+    """Return columns F ``[d, n]`` of one moment, F Fᵀ, of a gradient G = c Dᵀ H ``[d_out, d_in]``.
 
-    With c in D, F_L F_Lᵀ = G Gᵀ = Dᵀ (H Hᵀ) D and F_R F_Rᵀ = Gᵀ G = Hᵀ (D Dᵀ) H: only roots of ``[n, n]``
-    are taken.
+    With c in D, that of ``"L"`` is G Gᵀ = Dᵀ (H Hᵀ) D and that of ``"R"`` Gᵀ G = Hᵀ (D Dᵀ) H: only a root of
+    ``[n, n]`` is taken.
     """
     D, H = gradient.factor * gradient.D, gradient.H
-    return _weighted(D, H), _weighted(H, D)
+    return _weighted(D, H) if side == "L" else _weighted(H, D)
 
 
 def _weighted(rows: Tensor, others: Tensor) -> Tensor:
@@ -431,22 +431,22 @@ class Shampoo(ByRows, Blockwise):
         stale: bool,
     ) -> None:
         # An average of columns is a decomposition: with statistics of their own, factors are dense.
-        columns = (None, None) if thin is None or self.statistics is not None else thin_moments(thin)
-        for side, new, key in zip("LR", columns, ("damping_B", "damping_A"), strict=True):
+        columns = thin if self.statistics is None else None
+        for side, key in zip("LR", ("damping_B", "damping_A"), strict=True):
             if side not in self.sides:
                 continue
             name = f"{side}{index}"
             old = factor_in(state, name)
             # Outside its columns a factor is its ridge alone: without one it has no inverse root there.
             free = group[key] > 0 and name not in state
-            if new is not None and gap is not None and free and self._keeps_columns(new, old):
-                self._refresh_columns(state, name, old, new, group[key], gap)
+            if columns and gap is not None and free and self._keeps_columns(columns, side, old):
+                self._refresh_columns(state, name, old, thin_moment(columns, side), group[key], gap)
             else:
                 matrix = block() if side == "L" else block().mT
                 self._refresh_dense(state, name, old, matrix, group[key], gap, stale)
 
-    def _keeps_columns(self, new: Tensor, old: Columns | None) -> bool:
-        d, n = new.shape
+    def _keeps_columns(self, new: Thin, side: str, old: Columns | None) -> bool:
+        n, d = (new.D if side == "L" else new.H).shape
         return self.solver == "low-rank" or pays(d, n, 0 if old is None else old.columns.shape[-1], EIGH)
 
     def _refresh_columns(

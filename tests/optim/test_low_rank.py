@@ -16,7 +16,7 @@ from mupx.factor_sums import FactorRows
 from mupx.linalg import add_ridge
 from mupx.losses import LOSSES
 from mupx.lowrank import Thin
-from mupx.optim import kfac
+from mupx.optim import kfac, shampoo
 from mupx.optim.base import Base
 from mupx.optim.foof import FOOF
 from mupx.optim.kfac import KFAC
@@ -498,6 +498,23 @@ def test_inputs_with_too_many_rows_for_a_thin_gradient_are_not_unfolded(
     other, every = unfolded(name, monkeypatch)
     assert every == [{LONG, *layers} for layers in steps]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_shampoo_decomposes_the_rows_of_a_gradient_only_for_columns(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[str] = []
+    true = shampoo.thin_moment
+
+    def counted(gradient: Thin, side: str) -> Tensor:
+        sides.append(side)
+        return true(gradient, side)
+
+    monkeypatch.setattr(shampoo, "thin_moment", counted)
+    monkeypatch.setattr(shampoo, "pays", lambda d, n, r, cost: kept and d == WIDTH)
+    run("shampoo relative", "auto", steps=1)
+    assert sides == ["L", "L", "R", "R"] * kept  # of the first layer L, of the last R
 
 
 @pytest.mark.parametrize(("passes", "kept"), [(2, 12), (4, 0)])
