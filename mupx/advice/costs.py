@@ -312,10 +312,11 @@ def _kronecker(shape: Shape, setting: Setting, sides: str) -> Cost:
                 one = _summed(one, shape)
             pair.append(one)
     capture = _capture(shape, size, summed)
-    captures_always = kept and min(d_out, d_in) >= SMALLEST
-    rows = n if kept and captures_always else 0
+    rows = n if kept and min(d_out, d_in) >= SMALLEST else 0
     applied = _applied(shape, pair, rows, setting, exact=whole)
     left = _left_out(shape, pair, rows, setting)
+    # What is left out comes as rows already where nothing is refreshed.
+    captures_always = rows > 0 and not left
     return Cost(
         step=(*plain.step, *applied, *(capture if captures_always else ()), *left),
         refresh=(*(() if captures_always else capture), *(op for side in pair for op in side.refresh)),

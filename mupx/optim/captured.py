@@ -183,12 +183,14 @@ class Captured(ByRows):
         if not layers:
             yield
             return
-        due = {id(weight) for weight in self._due()}
-        for weight in watched:
-            self._sums.setdefault(self._name(weight), self._collector(weight, id(weight) in due))
-        empirical = self.fisher == "empirical"
+        due = {self._name(weight) for weight in self._due()}
         left = {} if gradients else self.left_out(layers)
-        capture = EagerCapture(layers, self._sums, self.loss, targets, loss_scale, empirical, left)
+        # Where nothing is due, what is left out comes as rows already.
+        captured = {name: layer for name, layer in layers.items() if name in due or name not in left}
+        for name, layer in captured.items():
+            self._sums.setdefault(name, self._collector(layer.weight, name in due))
+        empirical = self.fisher == "empirical"
+        capture = EagerCapture(captured, self._sums, self.loss, targets, loss_scale, empirical, left)
         try:
             with leaving_out(left.values()), capture as self._capture:
                 yield

@@ -107,11 +107,14 @@ class Kronecker(Captured):
     def _watched(self) -> list[Tensor]:
         if self.communicator.size > 1:
             return self._due()  # one rank's rows give one rank's gradient, which no update is made of
-        return [
-            p
-            for p in self._weights()
-            if self._averages(self.state.get(p, {})) or (self._thin and min(p.flatten(1).shape) >= SMALLEST)
-        ]
+        return [p for p in self._weights() if self._averages(self.state.get(p, {})) or self._may_be_thin(p)]
+
+    def _may_be_thin(self, weight: Tensor) -> bool:
+        # Between refreshes hooks are for nothing where the last one saw more rows than are kept, and a
+        # compiled model would run without its compiled code.
+        shape = weight.flatten(1).shape
+        few = self.state.get(weight, {}).get("rows", 0) <= max(shape)
+        return self._thin and few and min(shape) >= SMALLEST
 
     @property
     def _columns(self) -> bool:
@@ -129,6 +132,8 @@ class Kronecker(Captured):
         """Average new factors in and rebuild the solver, each where its step has come."""
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
+        if isinstance(sums, FactorRows):
+            state["rows"] = sums.announced
         factors = {side: kept_in(state, side) or state.get(side) for side in self.sides}
         # Left from a run without statistics of their own; the average below is dense.
         thin = any(isinstance(factor, Columns | Spanned) for factor in factors.values())

@@ -500,6 +500,25 @@ def test_inputs_with_too_many_rows_for_a_thin_gradient_are_not_unfolded(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("n", "gradients", "hooked"), [(BATCH, True, True), (BATCH, False, False), (2 * WIDTH, True, False)]
+)
+def test_between_refreshes_rows_are_captured_where_nothing_else_has_them(
+    n: int, gradients: bool, hooked: bool
+) -> None:
+    model = net()
+    optimizer = OPTIMIZERS["kfac trace"](model, "auto")
+    x, y = torch.randn(n, 6, generator=rng(), dtype=torch.double), torch.zeros(n, dtype=torch.long)
+    found = []
+    for _ in range(4):  # refreshed at steps 0 and 1
+        optimizer.zero_grad()
+        with optimizer.curvature(y, gradients=gradients):
+            found.append(bool(model[2]._forward_hooks))
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert found == [True, True, hooked, hooked]
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_shampoo_decomposes_the_rows_of_a_gradient_only_for_columns(
     kept: bool, monkeypatch: pytest.MonkeyPatch
