@@ -87,7 +87,7 @@ def show(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=int, default=[1024, 2048])
+    parser.add_argument("--widths", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--refreshes", nargs="+", type=int, default=[1, 10])
     parser.add_argument("--rounds", type=int, default=3)

@@ -24,7 +24,7 @@ from torch import Tensor
 from mupx.linalg import damped_inverse, eigh, finite, gram, trace
 
 SOLVERS = ("auto", "dense", "low-rank")
-SMALLEST = 512  # below, a dense inverse costs less than the calls to do anything else
+SMALLEST = 256  # below, a dense inverse costs less than the calls to do anything else
 CHOLESKY, EIGH = 2.5, 10.0  # cost over d³ at the speed of a matrix product; EIGH with the root it gives
 TOLERANCE = 0.02  # ε: how far a truncated factor may be from the exact one, in units of the ridge
 
@@ -165,7 +165,7 @@ def pays(d: int, n: int, r: int, decomposition: float) -> bool:
     """
     m = r + n
     columns = 2 * d * m * (m + r) + 10 * m**3 + 4 * d * r * n
-    return d >= SMALLEST and columns < decomposition * d**3 + 4 * d**2 * n
+    return d >= SMALLEST and m < d and columns < decomposition * d**3 + 4 * d**2 * n
 
 
 def alone(new: Tensor) -> Spanned:

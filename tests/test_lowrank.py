@@ -209,4 +209,5 @@ def test_a_batch_without_a_usable_factor_takes_no_step(spoilt: float) -> None:
 def test_the_batch_alone_pays_where_it_is_smaller_than_the_layer() -> None:
     assert alone_pays(512, 256)
     assert not alone_pays(512, 512)
-    assert not alone_pays(256, 16)  # too small to be worth a call
+    assert alone_pays(256, 16)
+    assert not alone_pays(128, 16)  # too small to be worth a call

@@ -15,7 +15,7 @@ from mupx import curvature
 from mupx.factor_sums import FactorRows
 from mupx.linalg import add_ridge
 from mupx.losses import LOSSES
-from mupx.lowrank import Thin
+from mupx.lowrank import CHOLESKY, EIGH, Thin, pays
 from mupx.optim import kfac, shampoo
 from mupx.optim.base import Base
 from mupx.optim.foof import FOOF
@@ -534,6 +534,12 @@ def test_shampoo_decomposes_the_rows_of_a_gradient_only_for_columns(
     monkeypatch.setattr(shampoo, "pays", lambda d, n, r, cost: kept and d == WIDTH)
     run("shampoo relative", "auto", steps=1)
     assert sides == ["L", "L", "R", "R"] * kept  # of the first layer L, of the last R
+
+
+@pytest.mark.parametrize("decomposition", [CHOLESKY, EIGH])
+def test_as_many_rows_as_units_are_no_low_rank(decomposition: float) -> None:
+    assert pays(512, 64, 0, decomposition)
+    assert not pays(512, 512, 0, decomposition)
 
 
 @pytest.mark.parametrize(("passes", "kept"), [(2, 12), (4, 0)])
