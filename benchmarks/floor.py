@@ -8,12 +8,15 @@ MLP 784-w-w-10 on Fashion-MNIST (Debian's dataset-fashion-mnist, or MUPX_DATA_DI
 the embedded images), float32, one thread, CPU seconds. White noise would be the wrong data: an average of it
 has no low rank and is kept dense. The *floor* adds up what cannot be left out, every operation timed alone
 at its own shape: the products of the forward and backward pass, in which K-FAC's preconditioned gradient
-takes the place of the plain one, reading and writing weights, and per side of every layer the cheapest of
+takes the place of the plain one, reading and writing weights, and per layer the cheapest of
 
-* dense: half a product for the factor, Cholesky, two triangular solves per row of the batch;
-* the batch alone (``ema`` 0), Woodbury: a Gram matrix of the batch, its Cholesky, one product;
+* dense: half a product for the factor, Cholesky, two triangular solves per vector;
+* the batch alone (``ema`` 0), Woodbury: a Gram matrix of the batch, its Cholesky, two products; at a refresh
+  one for both sides of the layer, as (B + ρ)⁻¹ Dᵀ H (A + ρ)⁻¹ = Dᵀ (D Dᵀ + ρ)⁻¹ (H Hᵀ + ρ)⁻¹ H;
 * an average as a sketch of 192 + 16 vectors (:mod:`mupx.sketch`): its update, two products, two Cholesky
-  factors of 192 and its columns by triangular solves or by a product, then two products per application.
+  factors of 192 and its columns by triangular solves or by a product, then two products per application,
+
+with inverses applied to the rows of the batch or, where a layer has fewer, to the rows of its gradient.
 
 Machines change their speed within minutes, so SGD's step, K-FAC's and every operation take turns: *over the
 floor* is the median, over the turns, of a step's time over the floor of the same turn, with quartiles. In a
@@ -64,6 +67,12 @@ def cholesky(d: int) -> Call:
 
 
 @cache
+def inverse(d: int) -> Call:
+    lower, out = torch.tril(torch.rand(d, d)) + d * torch.eye(d), torch.empty(d, d)
+    return lambda: torch.cholesky_inverse(lower, out=out)
+
+
+@cache
 def triangular(d: int, n: int) -> Call:
     a, b = torch.tril(torch.rand(d, d)) + d * torch.eye(d), torch.randn(d, n)
     return lambda: torch.linalg.solve_triangular(a, b, upper=False)
@@ -92,23 +101,54 @@ class Turn:
         return self._seconds[call]
 
 
-def side(turn: Turn, d: int, batch: int, average: bool, refresh: int) -> float:
-    """Return the least seconds per step that (M + ρ)⁻¹ of one side takes on the rows of a batch."""
-    dense = 0.5 * turn(product(d, d, batch)) + turn(cholesky(d))
-    dense = dense / refresh + 2 * turn(triangular(d, batch))
-    if average:
-        seen = RANK + PROBES
-        update = turn(product(batch, seen, d)) + turn(product(d, seen, batch))
-        by_product = turn(triangular(RANK, RANK)) + turn(product(d, RANK, RANK))
-        recover = turn(product(RANK, RANK, d)) + min(turn(triangular(RANK, d)), by_product)
-        recover += 0.5 * turn(product(RANK, RANK, d)) + 2 * turn(cholesky(RANK))
-        thin = (update + recover) / refresh + turn(product(RANK, batch, d)) + turn(product(d, batch, RANK))
-    else:
-        # At a refresh the rows are the columns, so only one product remains of the two.
-        gram = turn(product(batch, batch, d))
-        thin = (0.5 * gram + turn(cholesky(batch))) / refresh + (1 - 1 / refresh) * gram
-        thin += turn(product(d, batch, batch))
-    return min(dense, thin)
+def dense(turn: Turn, d: int, batch: int) -> float:
+    """Return the seconds of a factor ``[d, d]`` and of its Cholesky factor."""
+    return 0.5 * turn(product(d, d, batch)) + turn(cholesky(d))
+
+
+def gram(turn: Turn, d: int, batch: int) -> float:
+    """Return the seconds of a Gram matrix ``[batch, batch]`` and of its Cholesky factor."""
+    return 0.5 * turn(product(batch, batch, d)) + turn(cholesky(batch))
+
+
+def sketched(turn: Turn, d: int, batch: int) -> float:
+    """Return the seconds of updating a sketch and of the inverse that comes of it."""
+    seen = RANK + PROBES
+    update = turn(product(batch, seen, d)) + turn(product(d, seen, batch))
+    by_product = turn(triangular(RANK, RANK)) + turn(product(d, RANK, RANK))
+    recover = turn(product(RANK, RANK, d)) + min(turn(triangular(RANK, d)), by_product)
+    return update + recover + 0.5 * turn(product(RANK, RANK, d)) + 2 * turn(cholesky(RANK))
+
+
+def solved(turn: Turn, d: int, vectors: int) -> float:
+    """Return the seconds of the two triangular solves of an inverse."""
+    return 2 * turn(triangular(d, vectors))
+
+
+def columns(turn: Turn, d: int, rank: int, vectors: int) -> float:
+    """Return the seconds of C Cᵀ X for ``[d, rank]`` and ``[d, vectors]``."""
+    return turn(product(rank, vectors, d)) + turn(product(d, vectors, rank))
+
+
+def layer(turn: Turn, d_out: int, d_in: int, batch: int, average: bool, refresh: int) -> float:
+    """Return the least seconds per step that a layer's factors, their inverses and these' products take."""
+    share, least, ways = 1 / refresh, min(d_out, d_in), []
+    # The rows of the batch, whose product is counted as the gradient's, or the gradient from both sides.
+    for vectors in ((batch, batch), (d_out, d_in)):
+        sides = list(zip((d_in, d_out), vectors, strict=True))
+        whole = [share * dense(turn, d, batch) + solved(turn, d, n) for d, n in sides]
+        if average:
+            thin = [share * sketched(turn, d, batch) + columns(turn, d, RANK, n) for d, n in sides]
+            ways.append(sum(map(min, whole, thin)))
+            continue
+        thin = [share * gram(turn, d, batch) + (1 - share) * columns(turn, d, batch, n) for d, n in sides]
+        # At a refresh the rows are the columns: what is left stands between them, [batch, batch].
+        inverted = min(turn(inverse(batch)), solved(turn, batch, batch))
+        one = share * min(solved(turn, batch, least), inverted + turn(product(batch, least, batch)))
+        both = 2 * inverted + turn(product(batch, batch, batch)) + turn(product(batch, least, batch))
+        ways.append(sum(min(a, b + one) for a, b in zip(whole, thin, strict=True)))
+        ways.append(sum(thin) + min(2 * one, share * both))
+    return min(ways)
 
 
 def floor_of(turn: Turn, width: int, batch: int, average: bool, refresh: int) -> tuple[float, float]:
@@ -119,8 +159,7 @@ def floor_of(turn: Turn, width: int, batch: int, average: bool, refresh: int) ->
         sgd += turn(product(batch, d_out, d_in)) + turn(product(d_out, d_in, batch))
         sgd += turn(product(batch, d_in, d_out)) if index else 0.0
         sgd += turn(copied(d_out * d_in))
-        sides = sum(side(turn, d, batch, average, refresh) for d in (d_out, d_in))
-        more += sides
+        more += layer(turn, d_out, d_in, batch, average, refresh)
     return sgd, sgd + more
 
 
