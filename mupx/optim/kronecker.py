@@ -132,8 +132,8 @@ class Kronecker(Captured):
         """Average new factors in and rebuild the solver, each where its step has come."""
         state, group = self.state[weight], groups[id(weight)]
         step = state.get("step", 0)
-        if isinstance(sums, FactorRows):
-            state["rows"] = sums.announced
+        if self._columns:
+            state["rows"] = int(sums.input_count)  # of all ranks
         factors = {side: kept_in(state, side) or state.get(side) for side in self.sides}
         # Left from a run without statistics of their own; the average below is dense.
         thin = any(isinstance(factor, Columns | Spanned) for factor in factors.values())
