@@ -131,7 +131,7 @@ def columns(turn: Turn, d: int, rank: int, vectors: int) -> float:
 
 
 def layer(turn: Turn, d_out: int, d_in: int, batch: int, average: bool, refresh: int) -> float:
-    """Return the least seconds per step that a layer's factors, their inverses and these' products take."""
+    """Return the least seconds per step that a layer's factors and their inverses take, made and applied."""
     share, least, ways = 1 / refresh, min(d_out, d_in), []
     # The rows of the batch, whose product is counted as the gradient's, or the gradient from both sides.
     for vectors in ((batch, batch), (d_out, d_in)):

@@ -439,7 +439,7 @@ class Shampoo(ByRows, Blockwise):
             old = factor_in(state, name)
             # Outside its columns a factor is its ridge alone: without one it has no inverse root there.
             free = group[key] > 0 and name not in state
-            if columns and gap is not None and free and self._keeps_columns(columns, side, old):
+            if columns is not None and gap is not None and free and self._keeps_columns(columns, side, old):
                 self._refresh_columns(state, name, old, thin_moment(columns, side), group[key], gap)
             else:
                 matrix = block() if side == "L" else block().mT
