@@ -2,9 +2,10 @@
 
 A factor's average M = Σ wₜ Fₜ Fₜᵀ is linear in what comes in, and so is its image Y = M Z under a fixed
 Gaussian Z ``[d, k]``: a step adds F (Fᵀ Z), 4 d n k operations, whatever the rank of M has grown to.
-Nothing is ever truncated, so nothing that grows slowly is lost. When M is needed, Nyström's approximation
+Nothing is ever truncated, so nothing that grows slowly is lost. Zᵀ M Z is averaged along, as a step adds
+(Fᵀ Z)ᵀ (Fᵀ Z) to it, 2 n k² operations. When M is needed, Nyström's approximation
 
-    M ≈ Y (Zᵀ Y)⁻¹ Yᵀ  ⪯  M
+    M ≈ Y (Zᵀ M Z)⁻¹ Yᵀ  ⪯  M
 
 (Gittens & Mahoney 2013, arXiv:1303.1849; streaming: Tropp et al. 2017, arXiv:1706.05736; with a ridge:
 Frangella et al. 2021, arXiv:2110.02820) gives its columns, which :mod:`mupx.lowrank` applies. The error
@@ -37,11 +38,13 @@ class Sketch(NamedTuple):
     Attributes:
         image: M Z, ``[d, k]``.
         test: Z, ``[d, k]``, the last :data:`PROBES` columns for the error alone.
+        core: Zᵀ M Z, ``[k, k]``.
         trace: tr(M), exactly, a scalar.
     """
 
     image: Tensor
     test: Tensor
+    core: Tensor
     trace: Tensor
 
 
@@ -63,8 +66,9 @@ def begun(old: Columns | Spanned | None, new: Tensor) -> Sketch:
     """Return the sketch of the average so far, zero if there is none, for new columns ``[d, n]``."""
     test = _test(new.shape[0], RANK + PROBES).to(new)
     if old is None:
-        return Sketch(torch.zeros_like(test), test, new.new_zeros(()))
-    return Sketch(old.columns @ (old.columns.mT @ test), test, old.trace)
+        return Sketch(torch.zeros_like(test), test, new.new_zeros(2 * test.shape[1:]), new.new_zeros(()))
+    seen = old.columns.mT @ test
+    return Sketch(old.columns @ seen, test, gram(seen), old.trace)
 
 
 @cache
@@ -85,23 +89,23 @@ def averaged(old: Sketch, new: Tensor, keep: float, weight: Scalar) -> Sketch | 
     total = keep * old.trace + weight * torch.linalg.vector_norm(new).square()
     if not bool(total.isfinite()):
         return None
-    image = torch.addmm(old.image, new, weight * (new.mT @ old.test), beta=keep)
-    return Sketch(image, old.test, total)
+    seen = new.mT @ old.test
+    weighted = weight * seen
+    image = torch.addmm(old.image, new, weighted, beta=keep)
+    return Sketch(image, old.test, torch.addmm(old.core, seen.mT, weighted, beta=keep), total)
 
 
 def recovered(sketch: Sketch) -> Spanned:
     """Return Nyström's approximation, its ``dropped`` the measured ‖M − C Cᵀ‖_F."""
-    Y, Z = sketch.image[:, :-PROBES], sketch.test[:, :-PROBES]
-    seen = Z.mT @ sketch.image
-    core, crossed = seen[:, :-PROBES], seen[:, -PROBES:]
-    core = 0.5 * (core + core.mT)
+    Y, core = sketch.image[:, :-PROBES], sketch.core[:-PROBES, :-PROBES]
     # Rounding makes a core of low rank indefinite; a ridge on it only makes the approximation smaller.
     lower, _ = damped_cholesky(core, torch.finfo(core.dtype).eps * trace(core))
     # A product with the small inverse is twice as fast as solving for all rows of Y, and as accurate here.
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     whitening = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(Y.dtype)
     C = Y @ whitening
-    # Of the probes P, Cᵀ P is the whitened Yᵀ P = Zᵀ (M P), which came with the core.
+    # Of the probes P, Cᵀ P is the whitened Yᵀ P = Zᵀ M P.
+    crossed = sketch.core[:-PROBES, -PROBES:]
     missed = torch.addmm(sketch.image[:, -PROBES:], C, whitening.mT @ crossed, alpha=-1)
     return Spanned(C, gram(C), missed.norm() / PROBES**0.5, sketch.trace)
 
@@ -121,7 +125,9 @@ def sketch_in(state: Mapping[str, Tensor], side: str) -> Sketch | None:
     """Return the sketch in an optimizer's state, or None."""
     if f"image_{side}" not in state:
         return None
-    return Sketch(state[f"image_{side}"], state[f"test_{side}"], state[f"trace_{side}"])
+    image, test, trace_ = (state[f"{key}_{side}"] for key in ("image", "test", "trace"))
+    core = state.get(f"core_{side}")  # not there where it was written before there was one
+    return Sketch(image, test, test.mT @ image if core is None else core, trace_)
 
 
 def state_of(side: str, sketch: Sketch) -> dict[str, Tensor]:
@@ -129,7 +135,7 @@ def state_of(side: str, sketch: Sketch) -> dict[str, Tensor]:
 
     Its trace is stored with the columns it is recovered as.
     """
-    return {f"image_{side}": sketch.image, f"test_{side}": sketch.test, f"trace_{side}": sketch.trace}
+    return {f"{key}_{side}": value for key, value in sketch._asdict().items()}
 
 
 def too_thin(state: Mapping[str, Any], solver: Mapping[str, Tensor], side: str) -> bool:
@@ -150,7 +156,7 @@ def too_thin(state: Mapping[str, Any], solver: Mapping[str, Tensor], side: str) 
 
 def give_up(state: dict[str, Any], side: str) -> None:
     """Remove a sketch for good: what is averaged from then on is exact."""
-    for key in ("image", "test"):
+    for key in ("image", "test", "core"):
         state.pop(f"{key}_{side}", None)
     state[f"exact_{side}"] = True
 

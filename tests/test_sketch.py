@@ -46,6 +46,7 @@ def dense(factor: Columns | Spanned) -> Tensor:
 def test_the_image_and_the_trace_are_those_of_the_average() -> None:
     found, exact = stream(range(9))
     torch.testing.assert_close(found.image, exact @ found.test)
+    torch.testing.assert_close(found.core, found.test.mT @ exact @ found.test)
     torch.testing.assert_close(found.trace, exact.trace())
     wrong, _ = stream(range(9), keep=0.7)
     assert not torch.allclose(wrong.image, exact @ found.test)
@@ -100,13 +101,32 @@ def test_its_inverse_is_that_of_the_approximation(rho: float) -> None:
 def test_single_precision_costs_far_less_than_the_sketch_itself() -> None:
     found, exact = stream(range(12), n=30, power=2.0)
     rho = 1e-3 * float(exact.trace())
-    single = Sketch(found.image.float(), found.test.float(), found.trace.float())
+    single = Sketch(*(tensor.float() for tensor in found))
     function, _ = inverse(recovered(single), torch.tensor(rho))
     inverted, _ = inverse(recovered(found), torch.tensor(rho, dtype=torch.double))
     eye = torch.eye(D, dtype=torch.double)
     rounding = rho * torch.linalg.matrix_norm((function @ eye.float()).double() - inverted @ eye, 2)
     missing = rho * torch.linalg.matrix_norm(torch.linalg.inv(exact + rho * eye) - inverted @ eye, 2)
     assert rounding < 1e-3 < 0.1 * missing
+
+
+def test_a_long_average_in_single_precision_is_that_in_double() -> None:
+    found = {}
+    for dtype in (torch.float, torch.double):
+        average = begun(None, columns(0).to(dtype))
+        for seed in range(200):
+            F = columns(seed, n=30, power=1.0).to(dtype)
+            after = averaged(average, F, 0.95, 0.05)
+            assert after is not None
+            average = after
+        rho = 1e-2 * average.trace
+        found[dtype] = (inverse(recovered(average), rho)[0] @ columns(1).to(dtype)).double()
+        # Of another core the same image is another factor.
+        wrong = average._replace(core=1.001 * average.core)
+        found[dtype, "wrong"] = (inverse(recovered(wrong), rho)[0] @ columns(1).to(dtype)).double()
+    torch.testing.assert_close(found[torch.float], found[torch.double], rtol=1e-4, atol=1e-3)
+    gaps = {key: float((value - found[torch.double]).norm()) for key, value in found.items()}
+    assert gaps[torch.float] < 0.1 * gaps[torch.double, "wrong"]
 
 
 @pytest.mark.parametrize("rho", [0.0, torch.nan, torch.inf])
@@ -158,6 +178,10 @@ def test_the_state_gives_back_what_it_was_given() -> None:
     assert again is not None
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
     assert sketch.sketch_in(state, "B") is None
+    # As it was written before Zᵀ M Z was averaged along.
+    older = sketch.sketch_in({key: value for key, value in state.items() if key != "core_A"}, "A")
+    assert older is not None
+    torch.testing.assert_close(older.core, found.core)
     sketch.give_up(state, "A")
     assert sketch.sketch_in(state, "A") is None
     assert sketch.was_given_up(state, "A")

@@ -58,7 +58,7 @@ class Kronecker(Captured):
     """
 
     solver_keys = re.compile(r"(inverse|cholesky|usable|columns|gain|rest|vectors|inner)(_\w+)?")
-    statistics_keys = re.compile(r"[AB]|(values|dropped|trace|image|test|exact)_[AB]")
+    statistics_keys = re.compile(r"[AB]|(values|dropped|trace|image|test|core|exact)_[AB]")
     kept = (*Captured.kept, "damping_rule", "solver")
 
     def __init__(
