@@ -3,6 +3,8 @@
 On a CPU the rows of a large one are taken in strips that end or begin at the diagonal. With eight of them
 nine sixteenths of the operations are left where the other matrix is full, two fifths where it is another
 triangle.
+
+And division by small ones (:func:`solve_right`), which torch has, in the way that is quickest.
 """
 
 from __future__ import annotations
@@ -49,6 +51,27 @@ def both(T: Tensor, U: Tensor) -> Tensor:
     result = torch.zeros_like(U)
     for start, stop in _strips(len(U)):
         torch.mm(T[start:stop, start:], U[start:, start:], out=result[start:stop, start:])
+    return result
+
+
+def solve_right(M: Tensor, U: Tensor) -> Tensor:
+    """Return M U⁻¹, column after column in memory, for an upper triangular U far smaller than M.
+
+    On one thread of a CPU by substitution from the right, which takes half the time of one from the left.
+    Substitution is hardly divided among threads: with more of them by a product with the small inverse.
+
+    Args:
+        M: ``[n, d]``, best laid out in columns, too.
+        U: Upper triangular, ``[d, d]``.
+    """
+    result: Tensor
+    if has_parts(U) and torch.get_num_threads() == 1:
+        result = torch.linalg.solve_triangular(U, M, upper=True, left=False)
+    else:
+        inverse = torch.linalg.solve_triangular(
+            U, torch.eye(len(U), dtype=U.dtype, device=U.device), upper=True
+        )
+        result = (inverse.mT @ M.mT).mT
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mupx import triangular
-from mupx.triangular import both, left, right, share
+from mupx.triangular import both, left, right, share, solve_right
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,16 @@ def test_the_share_of_the_operations_that_is_left(d: int, n: int) -> None:
         assert share(d, d, triangle=True) == pytest.approx(0.4, abs=0.01)
     with patch("torch.get_num_threads", lambda: 64):
         assert share(d, n) == share(d, n, triangle=True) == 1.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_solution_from_the_right_is_that_of_torch(threads: int, layout: str) -> None:
+    U, M = draw(20, 20, seed=1).triu() + 9 * torch.eye(20), draw(70, 20, seed=2)
+    M = M.mT.contiguous().mT if layout == "columns" else M
+    with patch("torch.get_num_threads", lambda: threads):
+        found = solve_right(M, U)
+        wrong = solve_right(M, U.mT)
+    torch.testing.assert_close(found, torch.linalg.solve(U, M, left=False))
+    assert not torch.allclose(wrong @ U, M)
+    assert found.mT.is_contiguous()
