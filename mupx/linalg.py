@@ -34,7 +34,7 @@ _repairs: ContextVar[Repairs | None] = ContextVar("repairs", default=None)
 
 DECOMPOSED = 256  # up to this size λmax comes from a full decomposition
 STRIPS = 4  # of a symmetric product: fewer leave out less, more are too thin to be quick
-STRIPS_FROM, STRIPS_WORK = 192, 192**2 * 1024  # least side, and products of entries, on one thread
+STRIPS_FROM, STRIPS_WORK = 192, 192**2 * 512  # least side, and products of entries, on one thread
 TRIES = 3  # times that a factor which cannot be decomposed gets ten times more damping
 BLOCK = 8  # vectors of the subspace iteration: a plateau at λ₂ would have to hold nine eigenvalues
 
