@@ -13,8 +13,8 @@ takes the place of the plain one, reading and writing weights, and per layer the
 * dense: half a product for the factor, Cholesky, two triangular solves per vector;
 * the batch alone (``ema`` 0), Woodbury: a Gram matrix of the batch, its Cholesky, two products; at a refresh
   one for both sides of the layer, as (B + ρ)⁻¹ Dᵀ H (A + ρ)⁻¹ = Dᵀ (D Dᵀ + ρ)⁻¹ (H Hᵀ + ρ)⁻¹ H;
-* an average as a sketch of 192 + 16 vectors (:mod:`mupx.sketch`): its update, two products, two Cholesky
-  factors of 192 and its columns by triangular solves or by a product, then two products per application,
+* an average as a sketch of 192 + 16 vectors (:mod:`mupx.sketch`): its update, two products and half a small
+  one, two Cholesky factors of 192 and its columns by triangular solves, then two products per application,
 
 with inverses applied to the rows of the batch or, where a layer has fewer, to the rows of its gradient.
 
@@ -73,9 +73,15 @@ def inverse(d: int) -> Call:
 
 
 @cache
-def triangular(d: int, n: int) -> Call:
+def from_left(d: int, n: int) -> Call:
     a, b = torch.tril(torch.rand(d, d)) + d * torch.eye(d), torch.randn(d, n)
     return lambda: torch.linalg.solve_triangular(a, b, upper=False)
+
+
+@cache
+def from_right(d: int, n: int) -> Call:
+    a, b = torch.triu(torch.rand(d, d)) + d * torch.eye(d), torch.randn(d, n).mT
+    return lambda: torch.linalg.solve_triangular(a, b, upper=True, left=False)
 
 
 @cache
@@ -101,6 +107,11 @@ class Turn:
         return self._seconds[call]
 
 
+def triangular(turn: Turn, d: int, n: int) -> float:
+    """Return the seconds of a triangular solve with ``[d, d]`` for n vectors, from the quicker side."""
+    return min(turn(from_left(d, n)), turn(from_right(d, n)))
+
+
 def dense(turn: Turn, d: int, batch: int) -> float:
     """Return the seconds of a factor ``[d, d]`` and of its Cholesky factor."""
     return 0.5 * turn(product(d, d, batch)) + turn(cholesky(d))
@@ -115,14 +126,15 @@ def sketched(turn: Turn, d: int, batch: int) -> float:
     """Return the seconds of updating a sketch and of the inverse that comes of it."""
     seen = RANK + PROBES
     update = turn(product(batch, seen, d)) + turn(product(d, seen, batch))
-    by_product = turn(triangular(RANK, RANK)) + turn(product(d, RANK, RANK))
-    recover = turn(product(RANK, RANK, d)) + min(turn(triangular(RANK, d)), by_product)
-    return update + recover + 0.5 * turn(product(RANK, RANK, d)) + 2 * turn(cholesky(RANK))
+    update += 0.5 * turn(product(seen, seen, batch))
+    by_product = triangular(turn, RANK, RANK) + turn(product(d, RANK, RANK))
+    recover = min(triangular(turn, RANK, d), by_product) + 0.5 * turn(product(RANK, RANK, d))
+    return update + recover + 2 * turn(cholesky(RANK))
 
 
 def solved(turn: Turn, d: int, vectors: int) -> float:
     """Return the seconds of the two triangular solves of an inverse."""
-    return 2 * turn(triangular(d, vectors))
+    return 2 * triangular(turn, d, vectors)
 
 
 def columns(turn: Turn, d: int, rank: int, vectors: int) -> float:
