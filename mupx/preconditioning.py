@@ -16,6 +16,7 @@ from torch import Tensor
 from mupx import lowrank
 from mupx.linalg import Scalar, damped_cholesky, damped_inverse, eigh, largest_eigenvalue, over, trace
 from mupx.lowrank import SMALLEST, TOLERANCE, Columns, LowRank, Spanned, Thin
+from mupx.triangular import solve_both
 
 Factor = Tensor | Columns | Spanned
 Solver = dict[str, Tensor]
@@ -34,7 +35,7 @@ class Cholesky(NamedTuple):
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Return (M + ρ I)⁻¹ X for ``[..., d, n]``."""
-        return self.gain[..., None, None] * torch.cholesky_solve(X, self.lower)
+        return self.gain[..., None, None] * solve_both(self.lower, X)
 
     @property
     def flops(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mupx import triangular
-from mupx.triangular import both, left, right, share, solve_right
+from mupx.triangular import both, left, right, share, solve_both, solve_right
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +90,20 @@ def test_a_solution_from_the_right_is_that_of_torch(threads: int, layout: str) -
     torch.testing.assert_close(found, torch.linalg.solve(U, M, left=False))
     assert not torch.allclose(wrong @ U, M)
     assert found.mT.is_contiguous()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vectors", [1, 31, 32, 90])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_solution_of_both_triangles_is_that_of_torch(threads: int, vectors: int, layout: str) -> None:
+    L, X = draw(40, 40, seed=1).tril() + 9 * torch.eye(40), draw(40, vectors, seed=2)
+    X = X.mT.contiguous().mT if layout == "columns" else X
+    with patch("torch.get_num_threads", lambda: threads):
+        found, wrong = solve_both(L, X), solve_both(L.mT.contiguous(), X)
+    torch.testing.assert_close(found, torch.linalg.solve(L @ L.mT, X))
+    assert not torch.allclose(wrong, found)
+
+
+def test_solutions_of_both_triangles_have_leading_dimensions() -> None:
+    L, X = draw(3, 20, 20, seed=1).tril() + 9 * torch.eye(20), draw(3, 20, 50, seed=2)
+    torch.testing.assert_close(solve_both(L, X), torch.linalg.solve(L @ L.mT, X))
