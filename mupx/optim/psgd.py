@@ -78,7 +78,8 @@ def fitted(gradient: Tensor, Q_L: Tensor, Q_R: Tensor, probe: Tensor, rate: Scal
         rate: μ, broadcastable against ``[...]``; 1 would be the whole way to a singular Q.
     """
     A = right(left(Q_L, gradient), Q_R, transposed=True)
-    B = torch.linalg.solve_triangular(Q_L.mT, probe, upper=False)
+    # Both from the right: on a CPU twice as quick as from the left.
+    B = torch.linalg.solve_triangular(Q_L, probe.mT, upper=True, left=False).mT
     B = torch.linalg.solve_triangular(Q_R, B, upper=True, left=False)
     Q_L = _stepped(Q_L, gram(A.mT), gram(B.mT), rate)
     Q_R = _stepped(Q_R, gram(A), gram(B), rate)
