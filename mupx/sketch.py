@@ -88,13 +88,15 @@ def averaged(old: Sketch, new: Tensor, keep: float, weight: Scalar) -> Sketch | 
         weight: Weight of the new columns; what F is yet to be divided by belongs in it.
     """
     total = keep * old.trace + weight * torch.linalg.vector_norm(new).square()
-    if not bool(total.isfinite()):
-        return None
     seen = new.mT @ old.test
     weighted = weight * seen
+    core = torch.addmm(old.core, seen.mT, weighted, beta=keep)
+    # With both traces finite every entry is, also of the image.
+    if not bool((total + trace(core)).isfinite()):
+        return None
     # Column after column: that is how the rows in F come, and what recovers M is quicker for it.
     image = torch.addmm(old.image.mT, weighted.mT, new.mT, beta=keep).mT
-    return Sketch(image, old.test, torch.addmm(old.core, seen.mT, weighted, beta=keep), total)
+    return Sketch(image, old.test, core, total)
 
 
 def recovered(sketch: Sketch) -> Spanned:

@@ -169,6 +169,11 @@ def test_a_zero_factor_has_no_eigenvalues_and_a_broken_one_is_refused() -> None:
     assert not bool(ok)
     assert not (function @ columns(1)).any()
     assert averaged(zero, columns(0) * torch.inf, 0.5, 0.5) is None
+    single = Sketch(*(tensor.float() for tensor in zero))
+    large = 1e18 * columns(0).float()
+    assert bool(large.square().sum().isfinite())
+    assert averaged(single, 1e-2 * large, 0.5, 0.5) is not None
+    assert averaged(single, large, 0.5, 0.5) is None  # Zᵀ M Z overflows, and would stay what it is for ever
 
 
 def test_the_state_gives_back_what_it_was_given() -> None:
