@@ -43,6 +43,7 @@ from sweeps import read_rows, set_threads, write_rows
 from torch import Tensor
 from transfer import show
 
+from mupx.padded import cholesky_inverse, for_cholesky
 from mupx.sketch import PROBES, RANK
 
 HERE = Path(__file__).parent
@@ -61,15 +62,15 @@ def product(m: int, n: int, k: int) -> Call:
 @cache
 def cholesky(d: int) -> Call:
     a = torch.randn(d, d)
-    a = a @ a.mT + d * torch.eye(d)
-    out, info = torch.empty(d, d), torch.empty((), dtype=torch.int32)
+    a = for_cholesky(a @ a.mT + d * torch.eye(d))
+    out, info = torch.empty_like(a), torch.empty((), dtype=torch.int32)
     return lambda: torch.linalg.cholesky_ex(a, out=(out, info))
 
 
 @cache
 def inverse(d: int) -> Call:
-    lower, out = torch.tril(torch.rand(d, d)) + d * torch.eye(d), torch.empty(d, d)
-    return lambda: torch.cholesky_inverse(lower, out=out)
+    lower = torch.linalg.cholesky(for_cholesky(torch.eye(d)))
+    return lambda: cholesky_inverse(lower, d)
 
 
 @cache

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from mupx import padded
+
 Scalar = Tensor | float
 
 
@@ -130,10 +132,14 @@ def usable(factor: Tensor) -> Tensor:
 
 def add_ridge(factor: Tensor, ridge: Tensor | float) -> Tensor:
     """Return M + ρ I for ρ broadcastable against ``[...]``."""
-    result = factor.clone()
-    rho = torch.as_tensor(ridge, dtype=factor.dtype, device=factor.device)
-    result.diagonal(dim1=-2, dim2=-1).add_(rho[..., None])
-    return result
+    return _with_ridge(factor.clone(), ridge, factor.shape[-1])
+
+
+def _with_ridge(matrix: Tensor, ridge: Tensor | float, d: int) -> Tensor:
+    """Return a matrix after adding ρ to the first d entries of its diagonal."""
+    rho = torch.as_tensor(ridge, dtype=matrix.dtype, device=matrix.device)
+    matrix.diagonal(dim1=-2, dim2=-1)[..., :d].add_(rho[..., None])
+    return matrix
 
 
 def damped_cholesky(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -147,7 +153,13 @@ def damped_cholesky(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tens
         factor: Symmetric positive semi-definite M, ``[..., d, d]``.
         ridge: ρ, broadcastable against ``[...]``, in the units of M.
     """
-    damped = add_ridge(factor, ridge)
+    lower, ok = _factorised(factor, ridge)
+    return padded.inner(lower, factor.shape[-1]), ok
+
+
+def _factorised(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return what :func:`damped_cholesky` does, perhaps with a border (:mod:`mupx.padded`)."""
+    damped = _with_ridge(padded.for_cholesky(factor), ridge, factor.shape[-1])
     ok = usable(factor) & (trace(damped) < math.inf)
     lower, info = torch.linalg.cholesky_ex(_replace_unusable(damped, ok))
     if bool(info.any()):
@@ -182,8 +194,8 @@ def damped_inverse(factor: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tenso
         factor: Symmetric positive semi-definite M, ``[..., d, d]``.
         ridge: ρ, broadcastable against ``[...]``, in the units of M.
     """
-    lower, ok = damped_cholesky(factor, ridge)
-    return _zero_unless(ok, torch.cholesky_inverse(lower).to(factor.dtype)), ok
+    lower, ok = _factorised(factor, ridge)
+    return _zero_unless(ok, padded.cholesky_inverse(lower, factor.shape[-1]).to(factor.dtype)), ok
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,10 +227,9 @@ def _decomposed(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        return padded.eigh(matrix)
     except LinAlgError:
         return None
-    return values, vectors
 
 
 def _decomposed_again(matrix: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -49,6 +49,7 @@ LEVELS = {
     "mupx.roles": 2,
     "mupx.starter": 2,
     "mupx.linalg": 2,
+    "mupx.padded": 2,
     "mupx.triangular": 2,
     "mupx.tiles": 2,
     "mupx.update_norm": 3,

@@ -104,6 +104,7 @@ def test_the_readme_prints_the_rows_that_the_committed_results_give():
         ("waiting", "waiting.py", 20),
         ("patches", "patches.py", 10),
         ("allocator", "allocator.py", 6),
+        ("padded", "padded.py", 26),
         ("modes", "modes.py", 28),
         ("overhead", "overhead.py", 3),
         ("sketch", "sketch.py", 3),

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupx import padded
 from mupx.advice.network import calls_of, traced
 from mupx.advice.rates import Rates, Table, rates_from
 from mupx.errors import StorageError, UsageError, out_of_memory
@@ -196,12 +197,13 @@ def _decompositions(clock: _Clock, draw: Callable[..., Tensor], d: int, call: fl
     """Return d³ per second of each decomposition, and operations per second of two triangular solves."""
     square, columns = draw(d, d), draw(d, max(1, d // 4))
     factor = square @ square.mT / d + torch.eye(d, device=square.device, dtype=square.dtype)
-    lower = torch.linalg.cholesky(factor)
+    bordered = torch.linalg.cholesky(padded.for_cholesky(factor))
+    lower = padded.inner(bordered, d)
     calls = {
-        "cholesky": lambda: torch.linalg.cholesky_ex(factor),
-        "inverse": lambda: torch.cholesky_inverse(lower),
-        "eigh": lambda: torch.linalg.eigh(factor),
-        "qr": lambda: torch.linalg.qr(square),
+        "cholesky": lambda: torch.linalg.cholesky_ex(padded.for_cholesky(factor)),
+        "inverse": lambda: padded.cholesky_inverse(bordered, d),
+        "eigh": lambda: padded.eigh(factor),
+        "qr": lambda: padded.qr(square),
     }
     rates = {name: _rate(d**3, clock(each), call) for name, each in calls.items()}
     seconds = clock(lambda: torch.cholesky_solve(columns, lower))

@@ -30,6 +30,7 @@ from mupx.errors import UsageError
 from mupx.linalg import Scalar, eigh, gram, largest_eigenvalue, trace
 from mupx.optim.base import DEFAULTS, Groups, Scale, finite_or, sort_groups
 from mupx.optim.blockwise import Blockwise
+from mupx.padded import qr
 from mupx.refresh import Refresh, refresh_interval, require_refresh
 from mupx.running_means import adam_direction, running
 from mupx.tiles import in_parts
@@ -65,7 +66,7 @@ def followed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     image = factor @ basis
     order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
     columns = order[..., None, :].expand(basis.shape)
-    return torch.linalg.qr(image.gather(-1, columns))[0], order
+    return qr(image.gather(-1, columns)), order
 
 
 class SOAP(Blockwise):
