@@ -173,8 +173,11 @@ class SOAP(Blockwise):
         first = "step" not in state
         state["step"] = 0 if first else state["step"] + 1
         if first:
-            self._observe(state, matrix, first)
+            self._observe(state, matrix, first=True)
             return torch.zeros_like(gradient)
+        mean = state.pop("mean", None)  # there where the last step made the bases anew
+        if mean is not None:
+            state["exp_avg"] = self._blockwise(rotate, state, mean)
         update = adam_direction(
             self._blockwise(rotate, state, matrix),
             running(state, "exp_avg", matrix),
@@ -184,7 +187,18 @@ class SOAP(Blockwise):
             _uncorrected_eps(group, state["step"]),
         )
         update = self._blockwise(rotate_back, state, update)
-        self._observe(state, matrix, first)
+        due = self._due(state)
+        if due:
+            # m waits for its new bases in those of the weights: where every step makes them anew it never
+            # has to be rotated back.
+            own = state.pop("exp_avg")
+            state["mean"] = (
+                self._blockwise(rotate_back, state, own)
+                if mean is None
+                else mean.lerp_(matrix, 1 - group["betas"][0])
+            )
+            state["refreshed_at"] = state["step"]
+        self._observe(state, matrix, due=due)
         return self.momentum(parameter, update.view_as(gradient), group)
 
     def adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -202,12 +216,10 @@ class SOAP(Blockwise):
             tile.paste(turn(tile.cut(matrix), *bases), result)
         return result
 
-    def _observe(self, state: dict[str, Any], matrix: Tensor, first: bool) -> None:
-        """Take a gradient into L and R, and let the bases follow when that is due."""
-        due = not first and self._due(state)
-        if due:
-            state["refreshed_at"] = state["step"]
-            mean = self._blockwise(rotate_back, state, state["exp_avg"])
+    def _observe(
+        self, state: dict[str, Any], matrix: Tensor, *, first: bool = False, due: bool = False
+    ) -> None:
+        """Take a gradient into L and R, and make the first bases or let them follow."""
         for index, tile in enumerate(self.tiles(matrix)):
             blocks = tile.cut(matrix)
             for side, oriented in (("L", blocks), ("R", blocks.mT)):
@@ -230,8 +242,6 @@ class SOAP(Blockwise):
                     along = order[..., :, None] if side == "L" else order[..., None, :]
                     turned = square.gather(-2 if side == "L" else -1, along.expand(square.shape))
                     tile.paste(turned, state["exp_avg_sq"])
-        if due:
-            state["exp_avg"] = self._blockwise(rotate, state, mean)
 
     def _due(self, state: dict[str, Any]) -> bool:
         # A number is the authors' interval, from the first step on: no age rule shortens it.

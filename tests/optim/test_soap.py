@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mupx
 from mupx.blocks import blocks_of
@@ -69,6 +70,45 @@ def test_follows_the_published_algorithm(refresh: int) -> None:
 def test_other_orders_of_the_same_operations_differ(wrong: dict[str, bool]) -> None:
     given = gradients()
     assert distance(path(given, refresh=2), twin(given, 2, **wrong)) > 1e-3
+
+
+def products(refresh: int) -> float:
+    """How many products of square matrices of the weight's size a step takes."""
+    d, given = 32, gradients(6, (32, 32))
+    weight = nn.Parameter(torch.zeros_like(given[0]))
+    optimizer = SOAP([weight], refresh=refresh)
+    for G in given[:-1]:
+        weight.grad = G.clone()
+        optimizer.step()
+    weight.grad = given[-1].clone()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops() / (2 * d**3)
+
+
+def test_the_mean_is_not_rotated_back_where_every_step_has_new_bases() -> None:
+    """Three rotations, of g, of m and back, of two products each; L and R; and their images."""
+    assert products(1) == 6 + 2 + 2
+    assert products(10) == 4 + 2
+    assert products(5) == 4 + 2 + 2 + 2  # m goes back, to be rotated into the new bases by the next step
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_a_state_that_holds_the_mean_in_its_bases_goes_on_alike(refresh: int) -> None:
+    """As states did that were written before it waited for new ones in the basis of the weights."""
+    given, paths = gradients(9), []
+    for older in (False, True):
+        weight = nn.Parameter(torch.zeros_like(given[0]))
+        optimizer = SOAP([weight], lr=1.0, betas=BETAS, eps=EPS, ema=DECAY, refresh=refresh)
+        for G in given:
+            weight.grad = G.clone()
+            optimizer.step()
+            state = optimizer.state[weight]
+            assert ("mean" in state) != ("exp_avg" in state) or state["step"] == 0
+            if older and "mean" in state:
+                state["exp_avg"] = rotate(state.pop("mean"), state["Q_L0"], state["Q_R0"])
+        paths.append(weight.detach())
+    torch.testing.assert_close(*paths, rtol=1e-9, atol=1e-9)
 
 
 def test_eps_is_added_before_the_bias_correction() -> None:
