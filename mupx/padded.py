@@ -61,13 +61,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def qr(columns: Tensor) -> Tensor:
-    """Return the orthogonal factor of ``[..., m, n]``, m ≥ n."""
+    """Return the orthogonal factor of ``[..., m, n]``, m ≥ n, column-major.
+
+    Of column-major columns it is quickest: they need not be transposed.
+    """
     m = columns.shape[-2]
     if not _gains(columns, QRS):
         whole: Tensor = torch.linalg.qr(columns)[0]
         return whole
     Q: Tensor = torch.linalg.qr(torch.nn.functional.pad(columns, (0, 0, 0, BORDER)))[0]
-    return Q[..., :m, :]
+    return Q.mT[..., :m].contiguous().mT
 
 
 def _gains(matrix: Tensor, multiples: tuple[int, int]) -> bool:

@@ -50,23 +50,33 @@ def rotate_back(matrix: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tenso
 
 def eigenbasis(factor: Tensor) -> Tensor:
     """Return the eigenvectors of ``[..., d, d]`` as columns, the largest eigenvalue first."""
-    return eigh(factor)[1].flip(-1)
+    return eigh(factor)[1].mT.flip(-2).mT
 
 
 def followed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return (basis, order) after one power iteration: qr(M Q) with columns by estimated eigenvalue.
 
+    Bases are column-major, as LAPACK returns them: all that is done to single columns is quicker so.
+
     Args:
-        factor: M, ``[..., d, d]``.
+        factor: M, symmetric, ``[..., d, d]``.
         basis: Q, an orthogonal approximation of its eigenvectors, ``[..., d, d]``.
 
     Returns:
         The new basis, and the old column ``[..., d]`` in each place of it.
     """
-    image = factor @ basis
-    order = (basis * image).sum(-2).argsort(dim=-1, descending=True)
-    columns = order[..., None, :].expand(basis.shape)
-    return qr(image.gather(-1, columns)), order
+    columns = basis.mT.contiguous()
+    image = columns @ factor
+    order = torch.linalg.vecdot(columns, image).argsort(dim=-1, descending=True)
+    return qr(ordered(image, order, -2).mT), order
+
+
+def ordered(matrix: Tensor, order: Tensor, axis: int) -> Tensor:
+    """Return the rows or columns of ``[..., m, n]`` in the order ``[..., m or n]``; axis −2 or −1."""
+    if order.dim() == 1:
+        return matrix.index_select(axis, order)
+    along = order.unsqueeze(-1 if axis == -2 else -2)
+    return matrix.gather(axis, along.expand(matrix.shape))
 
 
 class SOAP(Blockwise):
@@ -229,19 +239,16 @@ class SOAP(Blockwise):
                 factor = state[name] = _averaged(state.get(name), gram(oriented.mT), self.ema)
                 if not (first or due):
                     continue
-                basis = torch.empty_like(factor)
-                order = torch.empty(factor.shape[:-1], dtype=torch.long, device=factor.device)
-                for part in in_parts(factor):
-                    if first:
-                        basis[part] = eigenbasis(factor[part])
-                    else:
-                        basis[part], order[part] = followed(factor[part], state[f"Q_{name}"][part])
-                state[f"Q_{name}"] = basis
+                turned = [
+                    (eigenbasis(factor[part]),) if first else followed(factor[part], state[f"Q_{name}"][part])
+                    for part in in_parts(factor)
+                ]
+                state[f"Q_{name}"], *order = (
+                    each[0] if len(each) == 1 else torch.cat(each) for each in zip(*turned, strict=True)
+                )
                 if due:
                     square = tile.cut(state["exp_avg_sq"])
-                    along = order[..., :, None] if side == "L" else order[..., None, :]
-                    turned = square.gather(-2 if side == "L" else -1, along.expand(square.shape))
-                    tile.paste(turned, state["exp_avg_sq"])
+                    tile.paste(ordered(square, order[0], -2 if side == "L" else -1), state["exp_avg_sq"])
 
     def _due(self, state: dict[str, Any]) -> bool:
         # A number is the authors' interval, from the first step on: no age rule shortens it.

@@ -111,6 +111,20 @@ def test_a_state_that_holds_the_mean_in_its_bases_goes_on_alike(refresh: int) ->
     torch.testing.assert_close(*paths, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("blocks", [0, 4])
+def test_bases_stay_column_major_and_hold_no_border(blocks: int) -> None:
+    for side in (8, 256):
+        weight, given = nn.Parameter(torch.zeros(side, 8)), gradients(3, (side, 8))
+        optimizer = SOAP([weight], refresh=1, blocks=blocks)
+        for G in given:
+            weight.grad = G.float()
+            optimizer.step()
+        for name, basis in optimizer.state[weight].items():
+            if name.startswith("Q_"):
+                assert blocks or basis.mT.is_contiguous()
+                assert basis.untyped_storage().nbytes() == basis.numel() * basis.element_size()
+
+
 def test_eps_is_added_before_the_bias_correction() -> None:
     given = gradients(2)
     P, Q = (torch.linalg.svd(M)[0] for M in (given[0] @ given[0].T, given[0].T @ given[0]))
