@@ -24,9 +24,11 @@ TERMINATING = [signal.SIGTERM, *WARNINGS]
 class AtStepEnd:
     """Hold signals that ask to stop back until a step is finished and saved; the second one passes at once.
 
-    Interrupting inside a step would leave weights and optimizer state of two different steps. Outside
-    the main thread, where Python delivers no signals, nothing is held back. What is ignored stays ignored,
-    and SIGUSR1 keeps its meaning unless somebody handles it, as the command line does.
+    Interrupting inside a step would leave weights and optimizer state of two different steps. A step that
+    raises is finished, too: what asked to stop is delivered in place of its error, which may be one that a
+    search goes on from. Outside the main thread, where Python delivers no signals, nothing is held back.
+    What is ignored stays ignored, and SIGUSR1 keeps its meaning unless somebody handles it, as the command
+    line does.
     """
 
     def __init__(self) -> None:
@@ -39,11 +41,17 @@ class AtStepEnd:
                 former = signal.getsignal(number)
                 ignored = former in (signal.SIG_IGN, None)
                 if not (ignored or (number in WARNINGS and former == signal.SIG_DFL)):
-                    self._former[number] = signal.signal(number, self._hold)
+                    self._former[number] = former  # before the handler that looks it up can be called
+                    signal.signal(number, self._hold)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._restore()
+        if kind is not None and issubclass(kind, Exception):
+            self.release()
+
+    def _restore(self) -> None:
+        for number, handler in reversed(self._former.items()):  # SIGINT, which may raise here, comes last
             signal.signal(number, handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
@@ -66,8 +74,9 @@ class AtStepEnd:
     def release(self) -> None:
         """Deliver the signal that was held back, if any, to whoever handled it before."""
         if self._pending is not None:
-            self.__exit__()
-            signal.raise_signal(self._pending)
+            number, self._pending = self._pending, None
+            self._restore()
+            signal.raise_signal(number)
 
 
 class Leave:
