@@ -73,6 +73,14 @@ class Leases:
         """Let a trial go."""
         self._held.discard(trial_id)
 
+    def release_all(self) -> None:
+        """Let all trials go."""
+        self._held.clear()
+
+    def own(self, trial: FrozenTrial) -> bool:
+        """Whether a trial was made here, be it known to have been made or not."""
+        return bool(trial.user_attrs.get(LEASE, {}).get("worker") == self._own["worker"])
+
     def forget(self) -> None:
         """Start the observation of others anew: the storage was away, and they could not be heard."""
         self._seen.clear()
@@ -81,7 +89,7 @@ class Leases:
         """Whether nobody runs a running trial any more."""
         lease = trial.user_attrs.get(LEASE)
         if lease is not None:
-            if lease.get("worker") == self._own["worker"]:
+            if self.own(trial):
                 return trial._trial_id not in self._held  # made, but its maker was not told so
             # One of this process that is not its own is left over from an earlier search.
             if alive(lease) is False or (alive(lease) and lease["pid"] == os.getpid()):
@@ -123,18 +131,23 @@ def alive(lease: Mapping[str, Any]) -> bool | None:
 
 
 def reap(
-    study: Study, running: Sequence[FrozenTrial], verdicts: Mapping[str, Any], leases: Leases
+    study: Study,
+    running: Sequence[FrozenTrial],
+    verdicts: Mapping[str, Any],
+    leases: Leases,
+    outcome: str = "lost",
 ) -> list[int]:
     """Close the trials that nobody runs any more; to be called in a turn.
 
-    One whose end was written down is told as it ended. The others are told FAIL with ``outcome = "lost"``:
-    they do not count, and their place in the search is free again.
+    One whose end was written down is told as it ended. The others are told FAIL with an ``outcome`` that
+    says why: they do not count, and their place in the search is free again.
 
     Args:
         study: Their study.
         running: Those of its trials that are not finished.
         verdicts: Trial number → state and value, where they were written down.
         leases: Of this process.
+        outcome: Kept with those whose end is not known.
 
     Returns:
         Numbers of what was closed.
@@ -149,7 +162,7 @@ def reap(
         state, value = verdicts.get(str(trial.number), ("FAIL", None))
         with suppress(UpdateFinishedTrialError):
             if str(trial.number) not in verdicts:
-                study._storage.set_trial_user_attr(trial._trial_id, "outcome", "lost")
+                study._storage.set_trial_user_attr(trial._trial_id, "outcome", outcome)
             study.tell(trial.number, value, state=TrialState[state], skip_if_finished=True)
         closed.append(trial.number)
     return closed

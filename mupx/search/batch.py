@@ -49,20 +49,15 @@ def run_batch(
     """
     trials: list[FrozenTrial] = []
     chosen: list[Hyperparameters] = []
-    try:
-        while len(trials) < size and (trial := search.ask()) is not None:
-            trials.append(trial)
-            chosen.append(search.values(trial))
-        if not trials:
-            return
-        ended = _evaluate(search, evaluation, trials, chosen)
-        kept = [each for each in ended if search.keep(each)]
-        if len(kept) > 1:
-            search.patiently(partial(write_down, kept))
-    except BaseException:  # Ctrl-C, SIGTERM, and what is wrong with more than one trial
-        for trial in trials:
-            search.abandon(trial)
-        raise
+    while len(trials) < size and (trial := search.ask()) is not None:
+        trials.append(trial)
+        chosen.append(search.values(trial))
+    if not trials:
+        return
+    ended = _evaluate(search, evaluation, trials, chosen)
+    kept = [each for each in ended if search.keep(each)]
+    if len(kept) > 1:
+        search.patiently(partial(write_down, kept))
     for each in ended:
         yield search.tell(each)
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
-from optuna.trial import TrialState
-
 from mupx import bulk
 from mupx.config import Experiment
 from mupx.errors import NoResultError, UserCodeError, out_of_memory
@@ -78,22 +76,42 @@ class Search:
             UsageError: The same exception three times in a row, or more failures than trials wanted.
             StorageError: The storage was away for longer than ``search.patience``.
         """
+        with self.leases:
+            try:
+                self._work()
+            except BaseException:  # Ctrl-C, SIGTERM, and what concerns more than one trial
+                self._leave()
+                raise
+
+    def _work(self) -> None:
         failures: list[Exception] = []
         streak = 0
-        with self.leases:
-            while True:
-                idle = True
-                for info, error in self._some():
-                    idle = False
-                    self._say(info)
-                    streak = 0 if error is None else streak + 1
-                    if error is not None:
-                        failures.append(error)
-                        _stop_if_hopeless(failures, streak, self.experiment.search.trials)
-                if idle and self.ledger.complete:
-                    break
-                if idle:
-                    time.sleep(IDLE)
+        while True:
+            idle = True
+            for info, error in self._some():
+                idle = False
+                self._say(info)
+                streak = 0 if error is None else streak + 1
+                if error is not None:
+                    failures.append(error)
+                    _stop_if_hopeless(failures, streak, self.experiment.search.trials)
+            if idle and self.ledger.complete:
+                break
+            if idle:
+                time.sleep(IDLE)
+
+    def _leave(self) -> None:
+        """Close the trials of this worker that are not told.
+
+        A signal comes between any two operations, also between that which makes a trial and the line that
+        would know of it: the storage says which there are.
+        """
+        self.leases.release_all()
+        # Where the storage itself is what failed, they stay RUNNING and are reaped later.
+        with suppress(Exception), turn(self.study):
+            self._look()
+            mine = [trial for trial in self.ledger.running if self.leases.own(trial)]
+            reap(self.study, mine, self.ledger.verdicts, self.leases, "interrupted")
 
     def patiently(self, call: Callable[[], T]) -> T:
         """Do what may be done twice, and wait for a storage that is away."""
@@ -123,12 +141,7 @@ class Search:
         if trial is None:
             return
         reporter = self.reporters([trial])[0]
-        try:
-            ended = self.judge(reporter, lambda: self.evaluation(self.values(trial), reporter))
-        except BaseException:  # Ctrl-C, SIGTERM
-            self.abandon(trial)
-            raise
-        yield self.tell(ended)
+        yield self.tell(self.judge(reporter, lambda: self.evaluation(self.values(trial), reporter)))
 
     def ask(self) -> FrozenTrial | None:
         """Take the first free place and draw its point; None where there is none at the moment."""
@@ -136,11 +149,7 @@ class Search:
         if trial is None:
             return None
         self.leases.hold(trial._trial_id)
-        try:
-            self._draw(trial)
-        except BaseException:
-            self.abandon(trial)
-            raise
+        self._draw(trial)
         return trial
 
     def _draw(self, trial: FrozenTrial) -> None:
@@ -239,15 +248,6 @@ class Search:
         self.ledger.told(ended.state, ended.useful)
         self.leases.release(trial_id)
         return ended.info, ended.error
-
-    def abandon(self, trial: FrozenTrial) -> None:
-        """Close a trial that was interrupted."""
-        trial_id = trial._trial_id
-        self.leases.release(trial_id)
-        # Where the storage itself is what failed, the trial stays RUNNING and is reaped later.
-        with suppress(Exception):
-            self.study._storage.set_trial_user_attr(trial_id, "outcome", "interrupted")
-            self.study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
 def _shape(error: Exception) -> str:

@@ -158,6 +158,7 @@ def stop_telling(monkeypatch, number, run_dir):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Search, "tell", killed)
+        patch.setattr(loop.Search, "_leave", lambda search: None)
         with pytest.raises(KeyboardInterrupt):
             loop.tune(several(5, **LONG), run_dir=run_dir)
     states = [trial.state for trial in reopen(run_dir).trials]
@@ -168,6 +169,20 @@ def test_a_search_killed_while_it_tells_a_batch_has_told_all_of_it(undisturbed, 
     stop_telling(monkeypatch, 12, tmp_path / "a")
     assert record_of(several(5, **LONG), tmp_path / "a") == undisturbed
     assert not any(trial.state == TrialState.FAIL for trial in reopen(tmp_path / "a").trials)
+
+
+def test_a_search_interrupted_while_it_tells_a_batch_tells_the_rest(undisturbed, tmp_path, monkeypatch):
+    told = []
+
+    def interrupt(*args):
+        told.append(1)
+        if len(told) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.tune(several(5, **LONG), run_dir=tmp_path / "a", progress=interrupt)
+    assert [trial.state.is_finished() for trial in reopen(tmp_path / "a").trials] == [True] * 15
+    assert record_of(several(5, **LONG), tmp_path / "a") == undisturbed
 
 
 def test_telling_without_writing_it_down_first_would_not_resume(undisturbed, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from mupx import leases, processes, recipe, storage
+from mupx import bulk, leases, processes, recipe, storage
 from mupx import study as store
 from mupx.errors import MismatchError, NoResultError, StorageError, UsageError
 from mupx.search import choice, loop, sampling, worker
@@ -184,6 +184,47 @@ def test_an_interrupted_trial_is_closed_and_the_search_resumes(undisturbed, tmp_
     assert study.trials[4].user_attrs["outcome"] == "interrupted"
     resumed = reopen(loop.tune(synthetic.experiment(), run_dir=tmp_path / "a"))
     assert synthetic.record(resumed) == undisturbed
+
+
+def interrupt_after(monkeypatch, number):
+    """Raise after the ``number``-th operation that changes the storage, once."""
+    count = itertools.count(1)
+
+    def interrupting(operation):
+        def interrupted(*args, **options):
+            made = operation(*args, **options)
+            if next(count) == number:
+                raise KeyboardInterrupt
+            return made
+
+        return interrupted
+
+    for name in ("create", "write"):
+        monkeypatch.setattr(bulk, name, interrupting(getattr(bulk, name)))
+
+
+@pytest.mark.parametrize("operation", range(1, 8))  # of two trials: made, drawn, told
+def test_wherever_the_interrupt_comes_no_trial_is_left_running(undisturbed, tmp_path, monkeypatch, operation):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, operation)
+        with pytest.raises(KeyboardInterrupt):
+            loop.tune(synthetic.experiment(), run_dir=tmp_path / "a")
+    study = store.open_study(store.default_url(tmp_path / "a"), "a", create=False, identity=None)
+    assert all(trial.state.is_finished() for trial in study.trials)
+    failed = [trial.user_attrs["outcome"] for trial in study.trials if trial.state == TrialState.FAIL]
+    assert set(failed) <= {"interrupted"}
+    resumed = reopen(loop.tune(synthetic.experiment(), run_dir=tmp_path / "a"))
+    assert synthetic.record(resumed) == undisturbed
+
+
+def test_a_worker_that_just_left_would_leave_trials_running(training, tmp_path, monkeypatch):
+    """The wrong way: who looks at the study sees a trial run for as long as nobody joins the search."""
+    monkeypatch.setattr(loop.Search, "_leave", lambda search: None)
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        loop.tune(synthetic.experiment(), run_dir=tmp_path / "a")
+    study = store.open_study(store.default_url(tmp_path / "a"), "a", create=False, identity=None)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
 
 
 def test_one_failing_trial_is_recorded_and_its_slot_run_again_with_other_values(
