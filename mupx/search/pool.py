@@ -47,12 +47,16 @@ class Pool:
         commands: One per worker: ``mupx worker`` with its flags.
         folder: Where their logs go.
         environment: What is added to theirs, such as a storage with its password.
+
+    Attributes:
+        complete: Whether one of them has ended in order, which it does when the search is complete.
     """
 
     commands: Sequence[Sequence[str]]
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     workers: list[_Worker] = field(default_factory=list)
+    complete: bool = False
 
     def __enter__(self) -> Self:
         try:
@@ -120,13 +124,15 @@ class Pool:
             return
         _close(worker.process.stdin)
         self.workers.remove(worker)
-        if code < 0:
+        if code == 0:
+            self.complete = True
+        elif code < 0 and not self.complete:
             self._replace(worker, Signals(-code).name)
-        elif code in STOPPED:
+        elif code < 0 or code in STOPPED:
             _log.warning("worker %d was stopped; the others go on", worker.index)
-            if not self.workers:
+            if not (self.workers or self.complete):
                 raise NoResultError("every worker was stopped; the same command continues the search")
-        elif code:
+        else:
             raise _error(worker, code)
 
     def _replace(self, worker: _Worker, signal: str) -> None:

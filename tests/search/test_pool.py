@@ -68,7 +68,7 @@ def test_an_error_of_one_ends_all_with_its_words_and_its_exit_code(tmp_path, cod
 
 
 def test_one_that_was_stopped_on_purpose_is_not_replaced(tmp_path, caplog):
-    with Pool([python("import sys; sys.exit(143)"), python("")], tmp_path) as found:
+    with Pool([python("import sys; sys.exit(143)"), python("import time; time.sleep(1)")], tmp_path) as found:
         found.watch(nothing)
     assert "worker 0 was stopped; the others go on" in caplog.text
     with (
@@ -76,6 +76,15 @@ def test_one_that_was_stopped_on_purpose_is_not_replaced(tmp_path, caplog):
         Pool([python("import sys; sys.exit(130)")], tmp_path) as found,
     ):
         found.watch(nothing)
+
+
+@pytest.mark.parametrize("end", ["sys.exit(143)", "os.kill(os.getpid(), 9)"])
+def test_one_that_goes_when_another_has_completed_the_search_is_not_missed(tmp_path, end):
+    late = f"import os, sys, time; time.sleep(1); {end}"
+    with Pool([python(late), python("")], tmp_path) as found:
+        found.watch(nothing)
+        assert found.complete
+    assert not (tmp_path / "0.log").read_text()
 
 
 def test_sigterm_is_passed_on_and_who_does_not_listen_is_killed(tmp_path, monkeypatch):
