@@ -63,12 +63,13 @@ def _study_status(source: str, storage: str | None) -> Callable[[], dict[str, An
         counted, seen = counts(found.study), watch.look()
         wanted = settings.trials
         done = counted["total"] >= wanted
+        attended = len(seen["running"]) > len(seen["stale"])
         return {
             "kind": "study",
             "run_dir": found.run_dir,
             "study": found.study.study_name,
             "storage": found.storage,
-            "state": "finished" if done else "running" if seen["running"] else "stopped",
+            "state": "finished" if done else "running" if attended else "stopped",
             "wanted": wanted,
             "counts": counted,
             **seen,

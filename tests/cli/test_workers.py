@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 from mupx import slurm
 from mupx.cli import status
@@ -193,8 +194,7 @@ def test_status_shows_workers_stale_trials_and_the_rate(run, tmp_path):
         time.sleep(0.01)
     parent = {"pid": os.getppid(), "start": None}
     one = {**parent, "worker": "a", "host": "node-1", "at": time.time() - 5}
-    hold(study, **one)
-    hold(study, **one)
+    held = [hold(study, **one), hold(study, **one)]
     hold(study, pid=2**22 + 1, start="1")  # no such process on this machine
     found = run("status", "run", "--json").json
     assert [w["trials"] for w in found["workers"]] == [[2, 3], [4]]
@@ -202,9 +202,13 @@ def test_status_shows_workers_stale_trials_and_the_rate(run, tmp_path):
     assert found["workers"][0]["heard"] in (5, 6)
     assert found["stale"] == [4]
     assert found["trials_per_hour"] > 0
+    assert found["state"] == "running"
     text = run("status", "run").out
     assert f"worker   node-1, process {os.getppid()}: trials 2, 3, heard " in text
     assert "stale    trials 4: nobody runs them" in text
+    for trial in held:
+        study.tell(trial, state=TrialState.FAIL)
+    assert run("status", "run", "--json").json["state"] == "stopped"
 
 
 def test_watching_ends_with_the_search_and_sees_heartbeats_stop(run, tmp_path, monkeypatch):
@@ -223,7 +227,8 @@ def test_watching_ends_with_the_search_and_sees_heartbeats_stop(run, tmp_path, m
     monkeypatch.setattr(status.time, "sleep", pause)
     ended = run("status", "run", "--watch")
     assert len(looks) == 2
-    first, *_, last = ended.out.split("running  sqlite")[1:]
+    first, last = ended.out.partition("stopped  sqlite")[::2]
+    assert first.startswith("running  sqlite")
     assert "stale" not in first
     assert "stale    trials 0" in last
     assert ended.out.count("finished sqlite") == 1
